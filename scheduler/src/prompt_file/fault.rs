@@ -1,0 +1,116 @@
+//! What can be wrong with a prompt file, said so that the line can be mended without looking anything up.
+use std::fmt;
+
+use schema::SpecFault;
+use serde::ser::{Serialize, SerializeStruct, Serializer};
+
+use super::field_name;
+
+/// The longest message about one fault: a value may be a whole file in the wrong format.
+const MAX_MESSAGE_CHARS: usize = 300;
+
+/// One thing wrong with one line.
+#[derive(Clone, Debug, PartialEq)]
+pub struct InputFault {
+    /// Counted from 1.
+    pub line: u32,
+    /// What is wrong.
+    pub trouble: Trouble,
+}
+
+/// What is wrong with a line.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+pub enum Trouble {
+    /// A value breaks its field's rule.
+    #[error(transparent)]
+    Value(#[from] SpecFault),
+    /// A column or key that no job has.
+    #[error("no job has a field {name:?}{}", suggestion(name))]
+    UnknownField {
+        /// The column's or key's name as written.
+        name: String,
+    },
+    /// The same field twice, perhaps by two of its names.
+    #[error("the field `{field}` comes twice, the second time as {name:?}")]
+    RepeatedField {
+        /// The field.
+        field: &'static str,
+        /// Its second name as written.
+        name: String,
+    },
+    /// The header of a CSV file names no prompt.
+    #[error(
+        "a column `prompt` has to be in the first line, but it has {columns}; for one prompt a line without a header \
+         use --format text"
+    )]
+    NoPromptColumn {
+        /// The columns that are there.
+        columns: String,
+    },
+    /// A CSV line with more or fewer cells than the header.
+    #[error("a line has to have {expected} cells like the first line, but this one has {found}")]
+    CellCount {
+        /// Cells in the header.
+        expected: usize,
+        /// Cells in the line.
+        found: usize,
+    },
+    /// Bytes that are not UTF-8.
+    #[error("text has to be UTF-8, but byte {position} of the line is {byte:#04x}")]
+    NotUtf8 {
+        /// Counted from 1 within the line or cell.
+        position: usize,
+        /// The byte.
+        byte: u8,
+    },
+    /// A line that is not a JSON object.
+    #[error("a line has to be one JSON object, but {reason}")]
+    NotAnObject {
+        /// What is there instead.
+        reason: String,
+    },
+    /// Nothing to draw in the whole file.
+    #[error("a prompt file has to have at least one prompt, but this one has none")]
+    NoPrompts,
+}
+
+impl Trouble {
+    pub(super) fn not_utf8(bytes: &[u8], error: std::str::Utf8Error) -> Self {
+        let position = error.valid_up_to();
+        Self::NotUtf8 { position: position + 1, byte: bytes.get(position).copied().unwrap_or_default() }
+    }
+}
+
+fn suggestion(name: &str) -> String {
+    match field_name::closest(name) {
+        Some(closest) => format!("; did you mean `{closest}`?"),
+        None => format!("; the fields are {}", field_name::known()),
+    }
+}
+
+/// `text`, cut after `max_chars` characters.
+pub fn shortened(text: &str, max_chars: usize) -> String {
+    match text.char_indices().nth(max_chars) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text.to_owned(),
+    }
+}
+
+impl fmt::Display for InputFault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.line, shortened(&self.trouble.to_string(), MAX_MESSAGE_CHARS))
+    }
+}
+
+impl Serialize for InputFault {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let spec = if let Trouble::Value(fault) = &self.trouble { Some(fault) } else { None };
+        let mut fault = serializer.serialize_struct("InputFault", 5)?;
+        fault.serialize_field("line", &self.line)?;
+        fault.serialize_field("field", &spec.map(|fault| fault.field))?;
+        fault.serialize_field("rule", &spec.map(|fault| &fault.rule))?;
+        fault.serialize_field("value", &spec.map(|fault| shortened(&fault.value, MAX_MESSAGE_CHARS)))?;
+        fault.serialize_field("message", &shortened(&self.trouble.to_string(), MAX_MESSAGE_CHARS))?;
+        fault.end()
+    }
+}

@@ -1,0 +1,66 @@
+//! The relay against a backlog and a broker in memory.
+use super::fakes::{FakeBacklog, FakeQueue};
+use super::*;
+
+async fn run(relay: &mut Relay, backlog: &FakeBacklog, queue: &FakeQueue) -> RelayReport {
+    relay.run_once(backlog, queue).await.unwrap()
+}
+
+#[tokio::test]
+async fn the_queue_is_filled_to_the_watermark_and_no_further() {
+    let (backlog, queue) = (FakeBacklog::with_jobs(25), FakeQueue::default());
+    let mut relay = Relay::new(10);
+    assert_eq!(run(&mut relay, &backlog, &queue).await, RelayReport { published: 10, not_published: 0 });
+    assert_eq!(run(&mut relay, &backlog, &queue).await, RelayReport::default());
+    let (name, messages) = queue.calls().remove(0);
+    assert_eq!(name, "darkroom.jobs.demo.normal");
+    assert_eq!(messages[0].traceparent.as_deref(), Some("00-trace"));
+    assert_eq!(messages[1].traceparent, None);
+}
+
+#[tokio::test]
+async fn a_large_watermark_is_filled_in_several_calls() {
+    let (backlog, queue) = (FakeBacklog::with_jobs(2_500), FakeQueue::default());
+    let report = run(&mut Relay::new(10_000), &backlog, &queue).await;
+    assert_eq!(report.published, 2_500);
+    assert_eq!(queue.calls().iter().map(|(_, messages)| messages.len()).collect::<Vec<_>>(), [1_000, 1_000, 500]);
+}
+
+#[tokio::test]
+async fn only_what_the_broker_holds_is_marked() {
+    let (backlog, queue) = (FakeBacklog::with_jobs(5), FakeQueue::default());
+    queue.answer(0, PublishOutcome::Returned);
+    queue.answer(2, PublishOutcome::Refused);
+    queue.answer(3, PublishOutcome::Unknown);
+    let mut relay = Relay::new(10);
+    assert_eq!(run(&mut relay, &backlog, &queue).await, RelayReport { published: 2, not_published: 3 });
+    assert_eq!(backlog.published(), 2);
+
+    queue.forget_answers();
+    assert_eq!(run(&mut relay, &backlog, &queue).await, RelayReport { published: 3, not_published: 0 });
+}
+
+#[tokio::test]
+async fn a_returned_message_makes_the_queue_anew() {
+    let (backlog, queue) = (FakeBacklog::with_jobs(1), FakeQueue::default());
+    let mut relay = Relay::new(10);
+    queue.answer(0, PublishOutcome::Returned);
+    run(&mut relay, &backlog, &queue).await;
+    let declared_once = queue.declared().len();
+    assert_eq!(declared_once, PriorityBand::ALL.len(), "every band's queue is there before anyone needs it");
+    queue.forget_answers();
+    run(&mut relay, &backlog, &queue).await;
+    assert_eq!(queue.declared()[declared_once..], ["darkroom.jobs.demo.normal"]);
+    assert_eq!(backlog.published(), 1);
+}
+
+#[tokio::test]
+async fn a_broker_that_takes_nothing_is_not_asked_in_a_busy_loop() {
+    let (backlog, queue) = (FakeBacklog::with_jobs(3), FakeQueue::default());
+    for place in 0..3 {
+        queue.answer(place, PublishOutcome::Refused);
+    }
+    run(&mut Relay::new(10), &backlog, &queue).await;
+    assert_eq!(queue.calls().len(), 1);
+    assert_eq!(backlog.published(), 0);
+}

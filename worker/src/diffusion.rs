@@ -1,0 +1,62 @@
+//! Stable Diffusion v1 on libtorch, after Hugging Face's diffusers: same tree, same names, same numbers.
+//!
+//! A leaf: nothing in here knows of queues, databases, object stores or async code, and tch and tokenizers are used
+//! nowhere else. Every size comes from the checkpoint's own JSON. What diffusers computes from the same weights and
+//! seed is correct; `worker/tests/golden` holds its answers.
+//!
+//! # API for the fleet's pipeline adapter and for `darkroom-worker generate`
+//! ```text
+//! // First of all, before any other use of libtorch in the process (see `device`):
+//! let device: ComputeDevice = "cpu".parse()?;            // or "cuda:0"
+//! device.open()?;                                        // opens the CUDA libraries; nothing to do for `cpu`
+//!
+//! let options = LoadOptions { device, dtype: ComputeDtype::F32 };
+//! let pipeline = StableDiffusionPipeline::from_pretrained(directory, &options)?;   // LoadError lists every fault
+//! pipeline.default_size()       -> (width, height)       // unet.sample_size × vae_scale_factor
+//! pipeline.default_scheduler()  -> Option<SchedulerKind> // the checkpoint's own class, if it is one of ours
+//! pipeline.has_safety_checker() -> bool
+//!
+//! let requests = [ImageRequest { prompt, negative_prompt, seed, guidance_scale }, …];  // one microbatch
+//! let parameters = GenerationParameters { width, height, num_inference_steps, scheduler, noise: None };
+//! pipeline.check_inputs(&requests, &parameters)?;        // every fault at once; `generate` repeats it
+//! let generation = pipeline.generate(&requests, &parameters, &mut |progress: &StepProgress| {
+//!     // Called after each denoising step of the microbatch:
+//!     // progress.step_index, progress.num_steps, progress.active (indices into `requests` still being denoised),
+//!     // progress.latents (theirs)
+//!     StepControl::Continue                              // | Stop | Drop(vec![index, …])
+//! })?;                                                   // PipelineError: the whole call failed, or `Stopped`
+//! for image in generation.images { … }                   // Result<GeneratedImage, ImageError>, in request order
+//! generation.seconds                                     // StageSeconds of the call
+//! ```
+//! - All requests of a call must have classifier-free guidance on (`guidance_scale > 1`) or all off; the caller groups
+//!   by [`ImageRequest::do_classifier_free_guidance`], a mixture is [`PipelineError::MixedGuidance`].
+//! - [`ImageError::Dropped`] answers `StepControl::Drop`, [`ImageError::NonFinite`] a NaN or infinity; the other
+//!   pictures of the call are not touched by either.
+//! - [`GeneratedImage::pixels`] is RGB, 8 bits, row by row; black where `safety` says `has_nsfw_concept`.
+//! - The pipeline is `Send` and not `Sync`: one thread owns it. A call runs to its end on that thread.
+//!
+//! # Same spec, same picture
+//! On the CPU each picture of a microbatch has its own passes through every model, so it is bit for bit the picture
+//! that a call of its own gives. On a GPU the UNet sees the microbatch at once; everything else is still per picture.
+
+pub mod clip_image_processor;
+pub mod clip_tokenizer;
+pub mod config;
+pub mod device;
+pub mod load_error;
+pub mod models;
+pub mod nn;
+pub mod pipeline_stable_diffusion;
+pub mod rng;
+pub mod safety_checker;
+pub mod schedulers;
+pub mod weights;
+
+pub use device::{ComputeDevice, ComputeDtype, DeviceError};
+pub use load_error::LoadError;
+pub use pipeline_stable_diffusion::{
+    GeneratedImage, Generation, GenerationParameters, ImageError, ImageRequest, LoadOptions, NoiseKind,
+    PipelineError, StableDiffusionPipeline, Stage, StageSeconds, StepControl, StepProgress,
+};
+pub use safety_checker::SafetyVerdict;
+pub use schedulers::SchedulerKind;

@@ -1,0 +1,223 @@
+//! Where and in which precision the models compute, and how the CUDA libraries come into the process.
+//!
+//! The binary is linked to the CPU half of libtorch only, so that one build serves machines with and without a GPU.
+//! A worker that is given a GPU opens `libtorch_cuda.so` itself, **before any other use of libtorch**: an earlier CPU
+//! convolution, `manual_seed`, `pin_memory` or question about CUDA fixes libtorch's CUDA hooks on "there is none" for
+//! the rest of the process. So [`ComputeDevice::open`] belongs at the top of `main`.
+
+use std::fmt;
+use std::str::FromStr;
+use std::sync::OnceLock;
+
+use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
+
+/// The library that registers libtorch's CUDA kernels when it is opened.
+const CUDA_LIBRARY: &str = "libtorch_cuda.so";
+
+/// Why a device cannot be used.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum DeviceError {
+    /// Not a device's name.
+    #[error("`device` must be `cpu`, `cuda` or `cuda:N` but is `{name}`")]
+    UnknownDevice {
+        /// What was asked for.
+        name: String,
+    },
+    /// Not a precision's name.
+    #[error("`dtype` must be `f32`, `f16` or `bf16` but is `{name}`")]
+    UnknownDtype {
+        /// What was asked for.
+        name: String,
+    },
+    /// libtorch's CUDA half, or a library it needs, is not installed.
+    #[error(
+        "{library} cannot be opened: {reason}\n  \
+         hint: a GPU worker needs the libraries of PyPI's torch=={version} wheel; install it and put its `torch/lib` \
+         folder on LD_LIBRARY_PATH, or use `--device cpu`",
+        version = TORCH_VERSION
+    )]
+    CudaLibraries {
+        /// The library that was opened.
+        library: &'static str,
+        /// The dynamic linker's answer.
+        reason: String,
+    },
+    /// The libraries are there, a GPU or its driver is not.
+    #[error(
+        "libtorch sees no usable GPU\n  \
+         hint: `nvidia-smi` must list one in this container; libtorch must not be used before the device is opened"
+    )]
+    NoGpu,
+    /// A GPU with this number is not there.
+    #[error("`device` must be below cuda:{device_count} on this machine but is cuda:{index}")]
+    NoSuchGpu {
+        /// The number asked for.
+        index: usize,
+        /// GPUs that libtorch sees.
+        device_count: usize,
+    },
+}
+
+/// The libtorch that tch 0.24 is made for (its own documentation).
+const TORCH_VERSION: &str = "2.11.0";
+
+/// The device that the models compute on. Parsed from `cpu`, `cuda` (the first GPU) or `cuda:N`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum ComputeDevice {
+    /// The processor.
+    Cpu,
+    /// The GPU with this number.
+    Cuda(usize),
+}
+
+impl ComputeDevice {
+    /// Makes the device usable: opens the CUDA libraries for a GPU and checks that it is there. Must come before any
+    /// other use of libtorch in the process; calling it again is free.
+    pub fn open(self) -> Result<(), DeviceError> {
+        let Self::Cuda(index) = self else { return Ok(()) };
+        open_cuda_libraries()?;
+        if !tch::Cuda::is_available() {
+            return Err(DeviceError::NoGpu);
+        }
+        let device_count = usize::try_from(tch::Cuda::device_count()).unwrap_or(0);
+        if index >= device_count {
+            return Err(DeviceError::NoSuchGpu { index, device_count });
+        }
+        Ok(())
+    }
+
+    /// Whether this is a GPU.
+    pub fn is_cuda(self) -> bool {
+        matches!(self, Self::Cuda(_))
+    }
+
+    /// libtorch's name for it.
+    pub fn to_tch(self) -> tch::Device {
+        match self {
+            Self::Cpu => tch::Device::Cpu,
+            Self::Cuda(index) => tch::Device::Cuda(index),
+        }
+    }
+}
+
+/// Opens libtorch's CUDA half once in the process and never closes it: closing would unmap kernels that libtorch's
+/// registry still points to.
+pub fn open_cuda_libraries() -> Result<(), DeviceError> {
+    static OPENED: OnceLock<Result<(), DeviceError>> = OnceLock::new();
+    OPENED.get_or_init(|| open_and_leak(CUDA_LIBRARY)).clone()
+}
+
+/// Opens a library with its symbols visible to libraries opened later, and keeps it for the life of the process.
+fn open_and_leak(library: &'static str) -> Result<(), DeviceError> {
+    // SAFETY: the library's initializers are libtorch's own kernel registrations, made to run when it is opened; it is
+    // never closed, so nothing they registered can dangle.
+    match unsafe { Library::open(Some(library), RTLD_NOW | RTLD_GLOBAL) } {
+        Ok(handle) => {
+            std::mem::forget(handle);
+            Ok(())
+        }
+        Err(error) => Err(DeviceError::CudaLibraries { library, reason: error.to_string() }),
+    }
+}
+
+impl fmt::Display for ComputeDevice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Cpu => f.write_str("cpu"),
+            Self::Cuda(index) => write!(f, "cuda:{index}"),
+        }
+    }
+}
+
+impl FromStr for ComputeDevice {
+    type Err = DeviceError;
+
+    fn from_str(name: &str) -> Result<Self, Self::Err> {
+        let index = match name {
+            "cpu" => return Ok(Self::Cpu),
+            "cuda" => Some(0),
+            _ => name
+                .strip_prefix("cuda:")
+                .filter(|digits| digits.bytes().all(|byte| byte.is_ascii_digit()))
+                .and_then(|digits| digits.parse().ok()),
+        };
+        index.map(Self::Cuda).ok_or_else(|| DeviceError::UnknownDevice { name: name.to_owned() })
+    }
+}
+
+/// The precision that weights are held and computed in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum ComputeDtype {
+    /// 32 bits.
+    F32,
+    /// IEEE half precision.
+    F16,
+    /// bfloat16.
+    Bf16,
+}
+
+impl ComputeDtype {
+    /// libtorch's name for it.
+    pub fn to_tch(self) -> tch::Kind {
+        match self {
+            Self::F32 => tch::Kind::Float,
+            Self::F16 => tch::Kind::Half,
+            Self::Bf16 => tch::Kind::BFloat16,
+        }
+    }
+}
+
+impl fmt::Display for ComputeDtype {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+            Self::Bf16 => "bf16",
+        })
+    }
+}
+
+impl FromStr for ComputeDtype {
+    type Err = DeviceError;
+
+    fn from_str(name: &str) -> Result<Self, Self::Err> {
+        match name {
+            "f32" => Ok(Self::F32),
+            "f16" => Ok(Self::F16),
+            "bf16" => Ok(Self::Bf16),
+            _ => Err(DeviceError::UnknownDtype { name: name.to_owned() }),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devices_parse_and_print() {
+        for name in ["cpu", "cuda:0", "cuda:7"] {
+            assert_eq!(name.parse::<ComputeDevice>().unwrap().to_string(), name);
+        }
+        assert_eq!("cuda".parse(), Ok(ComputeDevice::Cuda(0)));
+        for name in ["", "gpu", "cuda:", "cuda:-1", "cuda:+1", "cuda:x", "CPU", "cuda:99999999999999999999"] {
+            let error = name.parse::<ComputeDevice>().unwrap_err();
+            assert_eq!(error, DeviceError::UnknownDevice { name: name.to_owned() });
+        }
+    }
+
+    #[test]
+    fn dtypes_parse_and_print() {
+        for name in ["f32", "f16", "bf16"] {
+            assert_eq!(name.parse::<ComputeDtype>().unwrap().to_string(), name);
+        }
+        assert!("fp16".parse::<ComputeDtype>().is_err());
+    }
+
+    #[test]
+    fn a_missing_library_is_an_error_with_a_hint() {
+        let error = open_and_leak("libdarkroom_no_such_library.so").unwrap_err().to_string();
+        assert!(error.starts_with("libdarkroom_no_such_library.so cannot be opened: "), "{error}");
+        assert!(error.contains("hint: a GPU worker needs"), "{error}");
+    }
+}

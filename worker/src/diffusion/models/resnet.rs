@@ -1,0 +1,112 @@
+//! Residual blocks and the layers between resolutions (diffusers' `models/resnet.py`, `upsampling.py` and
+//! `downsampling.py`).
+
+use tch::{TchError, Tensor};
+
+use super::super::nn::{Conv2d, GroupNorm, Linear};
+use super::super::weights::Weights;
+
+/// What a residual block is made from.
+#[derive(Debug, Clone, Copy)]
+pub struct ResnetConfig {
+    /// Channels of the time embedding; `None` where the block gets none, as in the VAE.
+    pub temb_channels: Option<i64>,
+    /// Groups of the norms; divides every channel count.
+    pub groups: i64,
+    /// Epsilon of the norms: 1e-5 in v1's UNet, 1e-6 in its VAE.
+    pub eps: f64,
+    /// What the output is divided by.
+    pub output_scale_factor: f64,
+}
+
+/// Norm, SiLU and convolution twice, with the time embedding added between, and a shortcut around: `ResnetBlock2D`.
+#[derive(Debug)]
+pub struct ResnetBlock2D {
+    norm1: GroupNorm,
+    conv1: Conv2d,
+    time_emb_proj: Option<Linear>,
+    norm2: GroupNorm,
+    conv2: Conv2d,
+    conv_shortcut: Option<Conv2d>,
+    output_scale_factor: f64,
+}
+
+impl ResnetBlock2D {
+    /// A block from `in_channels` to `out_channels`.
+    pub fn load(weights: &Weights<'_>, in_channels: i64, out_channels: i64, config: &ResnetConfig) -> Self {
+        let ResnetConfig { temb_channels, groups, eps, output_scale_factor } = *config;
+        Self {
+            norm1: GroupNorm::load(&(weights / "norm1"), groups, in_channels, eps),
+            conv1: Conv2d::load(&(weights / "conv1"), in_channels, out_channels, 3),
+            time_emb_proj: temb_channels
+                .map(|temb_channels| Linear::load(&(weights / "time_emb_proj"), temb_channels, out_channels)),
+            norm2: GroupNorm::load(&(weights / "norm2"), groups, out_channels, eps),
+            conv2: Conv2d::load(&(weights / "conv2"), out_channels, out_channels, 3),
+            conv_shortcut: (in_channels != out_channels)
+                .then(|| Conv2d::load(&(weights / "conv_shortcut"), in_channels, out_channels, 1)),
+            output_scale_factor,
+        }
+    }
+
+    /// `(batch_size, in_channels, height, width)` to `(batch_size, out_channels, height, width)`. `temb`, of shape
+    /// `(1, temb_channels)`, is the time embedding **after** SiLU, which diffusers applies in each block anew.
+    pub fn forward(&self, input: &Tensor, temb: Option<&Tensor>) -> Result<Tensor, TchError> {
+        let mut hidden_states = self.conv1.forward(&self.norm1.forward(input)?.f_silu_()?)?;
+        if let (Some(time_emb_proj), Some(temb)) = (&self.time_emb_proj, temb) {
+            let temb = time_emb_proj.forward(temb)?.f_unsqueeze(-1)?.f_unsqueeze(-1)?;
+            hidden_states = hidden_states.f_add_(&temb)?;
+        }
+        let mut hidden_states = self.conv2.forward(&self.norm2.forward(&hidden_states)?.f_silu_()?)?;
+        let mut output = match &self.conv_shortcut {
+            Some(conv_shortcut) => hidden_states.f_add_(&conv_shortcut.forward(input)?)?,
+            None => hidden_states.f_add_(input)?,
+        };
+        if self.output_scale_factor == 1.0 {
+            return Ok(output);
+        }
+        output.f_div_scalar_(self.output_scale_factor)
+    }
+}
+
+/// Nearest-neighbour doubling, then a convolution: `Upsample2D`.
+#[derive(Debug)]
+pub struct Upsample2D {
+    conv: Conv2d,
+}
+
+impl Upsample2D {
+    /// An upsampler that keeps the number of channels.
+    pub fn load(weights: &Weights<'_>, channels: i64) -> Self {
+        Self { conv: Conv2d::load(&(weights / "conv"), channels, channels, 3) }
+    }
+
+    /// `(batch_size, channels, height, width)` to twice the height and width, or to `output_size` (height, width).
+    pub fn forward(&self, hidden_states: &Tensor, output_size: Option<[i64; 2]>) -> Result<Tensor, TchError> {
+        let upsampled = match output_size {
+            Some(output_size) => hidden_states.f_upsample_nearest2d(output_size, None, None)?,
+            None => {
+                let (_, _, height, width) = hidden_states.size4()?;
+                hidden_states.f_upsample_nearest2d([2 * height, 2 * width], 2.0, 2.0)?
+            }
+        };
+        self.conv.forward(&upsampled)
+    }
+}
+
+/// A convolution of stride 2: `Downsample2D`.
+#[derive(Debug)]
+pub struct Downsample2D {
+    conv: Conv2d,
+}
+
+impl Downsample2D {
+    /// A downsampler that keeps the number of channels.
+    pub fn load(weights: &Weights<'_>, channels: i64) -> Self {
+        Self { conv: Conv2d::downsampling(&(weights / "conv"), channels) }
+    }
+
+    /// `(batch_size, channels, height, width)` to half the height and width, rounded up.
+    pub fn forward(&self, hidden_states: &Tensor) -> Result<Tensor, TchError> {
+        self.conv.forward(hidden_states)
+    }
+}

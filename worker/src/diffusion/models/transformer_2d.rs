@@ -1,0 +1,95 @@
+//! Transformer blocks over the pixels of a feature map (diffusers' `models/transformers/transformer_2d.py`).
+
+use tch::{TchError, Tensor};
+
+use super::super::nn::{Conv2d, GroupNorm, Linear};
+use super::super::weights::Weights;
+use super::attention::BasicTransformerBlock;
+
+/// Epsilon of the GroupNorm before the blocks, which is not the ResNets' (diffusers'
+/// `_init_continuous_input`).
+const GROUP_NORM_EPS: f64 = 1e-6;
+
+/// What a transformer of the UNet is made from.
+#[derive(Debug, Clone, Copy)]
+pub struct Transformer2DConfig {
+    /// Attention heads; divides the channels.
+    pub heads: i64,
+    /// Channels of the text embedding.
+    pub cross_attention_dim: i64,
+    /// Transformer blocks.
+    pub num_layers: i64,
+    /// Groups of the norm.
+    pub norm_num_groups: i64,
+    /// Whether the projections around the blocks are linear layers; v1 has 1×1 convolutions.
+    pub use_linear_projection: bool,
+}
+
+/// The projection into or out of the blocks.
+#[derive(Debug)]
+enum Projection {
+    Conv(Conv2d),
+    Linear(Linear),
+}
+
+/// `Transformer2DModel`.
+#[derive(Debug)]
+pub struct Transformer2DModel {
+    norm: GroupNorm,
+    proj_in: Projection,
+    transformer_blocks: Vec<BasicTransformerBlock>,
+    proj_out: Projection,
+}
+
+impl Transformer2DModel {
+    /// A transformer over feature maps of `channels`.
+    pub fn load(weights: &Weights<'_>, channels: i64, config: &Transformer2DConfig) -> Self {
+        let projection = |name: &str| {
+            let weights = weights / name;
+            if config.use_linear_projection {
+                Projection::Linear(Linear::load(&weights, channels, channels))
+            } else {
+                Projection::Conv(Conv2d::load(&weights, channels, channels, 1))
+            }
+        };
+        let blocks = weights / "transformer_blocks";
+        Self {
+            norm: GroupNorm::load(&(weights / "norm"), config.norm_num_groups, channels, GROUP_NORM_EPS),
+            proj_in: projection("proj_in"),
+            transformer_blocks: (0..config.num_layers)
+                .map(|i| {
+                    BasicTransformerBlock::load(&(&blocks / i), channels, config.cross_attention_dim, config.heads)
+                })
+                .collect(),
+            proj_out: projection("proj_out"),
+        }
+    }
+
+    /// `(batch_size, channels, height, width)` to the same shape. Attends to `encoder_hidden_states` of shape
+    /// `(batch_size, text_length, cross_attention_dim)`, or to itself without them.
+    pub fn forward(
+        &self,
+        hidden_states: &Tensor,
+        encoder_hidden_states: Option<&Tensor>,
+    ) -> Result<Tensor, TchError> {
+        let (batch_size, channels, height, width) = hidden_states.size4()?;
+        let to_sequence =
+            |map: Tensor| map.f_permute([0, 2, 3, 1])?.f_reshape([batch_size, height * width, channels]);
+        let to_map =
+            |sequence: Tensor| sequence.f_view([batch_size, height, width, channels])?.f_permute([0, 3, 1, 2]);
+
+        let normalized = self.norm.forward(hidden_states)?;
+        let mut sequence = match &self.proj_in {
+            Projection::Conv(proj_in) => to_sequence(proj_in.forward(&normalized)?)?,
+            Projection::Linear(proj_in) => proj_in.forward(&to_sequence(normalized)?)?,
+        };
+        for block in &self.transformer_blocks {
+            sequence = block.forward(&sequence, encoder_hidden_states)?;
+        }
+        let mut output = match &self.proj_out {
+            Projection::Conv(proj_out) => proj_out.forward(&to_map(sequence)?.f_contiguous()?)?,
+            Projection::Linear(proj_out) => to_map(proj_out.forward(&sequence)?)?.f_contiguous()?,
+        };
+        output.f_add_(hidden_states)
+    }
+}

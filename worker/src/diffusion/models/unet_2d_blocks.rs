@@ -1,0 +1,421 @@
+//! The blocks that UNet and VAE are stacked from (diffusers' `models/unets/unet_2d_blocks.py`).
+//!
+//! `hidden_states` are of shape `(batch_size, channels, height, width)`, `temb` of `(1, temb_channels)` after SiLU,
+//! `encoder_hidden_states` of `(batch_size, text_length, cross_attention_dim)`.
+
+use tch::{TchError, Tensor};
+
+use super::super::nn::GroupNorm;
+use super::super::weights::Weights;
+use super::attention::Attention;
+use super::resnet::{Downsample2D, ResnetBlock2D, ResnetConfig, Upsample2D};
+use super::transformer_2d::{Transformer2DConfig, Transformer2DModel};
+
+/// What a down block is made from.
+#[derive(Debug, Clone, Copy)]
+pub struct DownBlockConfig {
+    /// Channels of the block above.
+    pub in_channels: i64,
+    /// Channels of this block.
+    pub out_channels: i64,
+    /// ResNets.
+    pub num_layers: i64,
+    /// Whether the block ends with a convolution of stride 2.
+    pub add_downsample: bool,
+    /// Its ResNets.
+    pub resnet: ResnetConfig,
+}
+
+impl DownBlockConfig {
+    fn resnets(&self, weights: &Weights<'_>) -> Vec<ResnetBlock2D> {
+        let weights = weights / "resnets";
+        let in_channels = |i| if i == 0 { self.in_channels } else { self.out_channels };
+        (0..self.num_layers)
+            .map(|i| ResnetBlock2D::load(&(&weights / i), in_channels(i), self.out_channels, &self.resnet))
+            .collect()
+    }
+
+    fn downsampler(&self, weights: &Weights<'_>) -> Option<Downsample2D> {
+        self.add_downsample.then(|| Downsample2D::load(&(weights / "downsamplers" / 0), self.out_channels))
+    }
+}
+
+/// What an up block is made from.
+#[derive(Debug, Clone, Copy)]
+pub struct UpBlockConfig {
+    /// Channels of the skip connection at the last ResNet: those of the down block one resolution wider.
+    pub in_channels: i64,
+    /// Channels of the block before.
+    pub prev_output_channel: i64,
+    /// Channels of this block.
+    pub out_channels: i64,
+    /// ResNets.
+    pub num_layers: i64,
+    /// Whether the block ends with an upsampler.
+    pub add_upsample: bool,
+    /// Its ResNets.
+    pub resnet: ResnetConfig,
+}
+
+impl UpBlockConfig {
+    fn resnets(&self, weights: &Weights<'_>) -> Vec<ResnetBlock2D> {
+        let weights = weights / "resnets";
+        (0..self.num_layers)
+            .map(|i| {
+                let skip_channels = if i == self.num_layers - 1 { self.in_channels } else { self.out_channels };
+                let hidden_channels = if i == 0 { self.prev_output_channel } else { self.out_channels };
+                let in_channels = hidden_channels + skip_channels;
+                ResnetBlock2D::load(&(&weights / i), in_channels, self.out_channels, &self.resnet)
+            })
+            .collect()
+    }
+
+    fn upsampler(&self, weights: &Weights<'_>) -> Option<Upsample2D> {
+        self.add_upsample.then(|| Upsample2D::load(&(weights / "upsamplers" / 0), self.out_channels))
+    }
+}
+
+/// `num_layers` transformers below `weights / "attentions"`.
+fn attentions(
+    weights: &Weights<'_>,
+    num_layers: i64,
+    channels: i64,
+    config: &Transformer2DConfig,
+) -> Vec<Transformer2DModel> {
+    let weights = weights / "attentions";
+    (0..num_layers).map(|i| Transformer2DModel::load(&(&weights / i), channels, config)).collect()
+}
+
+/// A down block of the UNet.
+#[derive(Debug)]
+pub enum DownBlock {
+    /// With attention to the text.
+    CrossAttn(CrossAttnDownBlock2D),
+    /// Without.
+    Plain(DownBlock2D),
+}
+
+impl DownBlock {
+    /// The block's output; what the up blocks will need is pushed onto `res_samples`, one tensor for each ResNet and
+    /// one for the downsampler.
+    pub fn forward(
+        &self,
+        hidden_states: &Tensor,
+        temb: &Tensor,
+        encoder_hidden_states: Option<&Tensor>,
+        res_samples: &mut Vec<Tensor>,
+    ) -> Result<Tensor, TchError> {
+        match self {
+            Self::CrossAttn(block) => block.forward(hidden_states, temb, encoder_hidden_states, res_samples),
+            Self::Plain(block) => block.forward(hidden_states, temb, res_samples),
+        }
+    }
+}
+
+/// `DownBlock2D`.
+#[derive(Debug)]
+pub struct DownBlock2D {
+    resnets: Vec<ResnetBlock2D>,
+    downsampler: Option<Downsample2D>,
+}
+
+impl DownBlock2D {
+    /// Takes the tensors that `config` asks for.
+    pub fn load(weights: &Weights<'_>, config: &DownBlockConfig) -> Self {
+        Self { resnets: config.resnets(weights), downsampler: config.downsampler(weights) }
+    }
+
+    /// See [`DownBlock::forward`].
+    pub fn forward(
+        &self,
+        hidden_states: &Tensor,
+        temb: &Tensor,
+        res_samples: &mut Vec<Tensor>,
+    ) -> Result<Tensor, TchError> {
+        let mut hidden_states = hidden_states.shallow_clone();
+        for resnet in &self.resnets {
+            hidden_states = resnet.forward(&hidden_states, Some(temb))?;
+            res_samples.push(hidden_states.shallow_clone());
+        }
+        downsample(self.downsampler.as_ref(), hidden_states, res_samples)
+    }
+}
+
+/// `CrossAttnDownBlock2D`.
+#[derive(Debug)]
+pub struct CrossAttnDownBlock2D {
+    resnets: Vec<ResnetBlock2D>,
+    attentions: Vec<Transformer2DModel>,
+    downsampler: Option<Downsample2D>,
+}
+
+impl CrossAttnDownBlock2D {
+    /// Takes the tensors that the configs ask for.
+    pub fn load(weights: &Weights<'_>, config: &DownBlockConfig, transformer: &Transformer2DConfig) -> Self {
+        Self {
+            resnets: config.resnets(weights),
+            attentions: attentions(weights, config.num_layers, config.out_channels, transformer),
+            downsampler: config.downsampler(weights),
+        }
+    }
+
+    /// See [`DownBlock::forward`].
+    pub fn forward(
+        &self,
+        hidden_states: &Tensor,
+        temb: &Tensor,
+        encoder_hidden_states: Option<&Tensor>,
+        res_samples: &mut Vec<Tensor>,
+    ) -> Result<Tensor, TchError> {
+        let mut hidden_states = hidden_states.shallow_clone();
+        for (resnet, attention) in self.resnets.iter().zip(&self.attentions) {
+            hidden_states = resnet.forward(&hidden_states, Some(temb))?;
+            hidden_states = attention.forward(&hidden_states, encoder_hidden_states)?;
+            res_samples.push(hidden_states.shallow_clone());
+        }
+        downsample(self.downsampler.as_ref(), hidden_states, res_samples)
+    }
+}
+
+/// The end of a down block.
+fn downsample(
+    downsampler: Option<&Downsample2D>,
+    hidden_states: Tensor,
+    res_samples: &mut Vec<Tensor>,
+) -> Result<Tensor, TchError> {
+    let Some(downsampler) = downsampler else { return Ok(hidden_states) };
+    let hidden_states = downsampler.forward(&hidden_states)?;
+    res_samples.push(hidden_states.shallow_clone());
+    Ok(hidden_states)
+}
+
+/// The UNet's narrowest block, `UNetMidBlock2DCrossAttn`: a ResNet, a transformer, a ResNet.
+#[derive(Debug)]
+pub struct UNetMidBlock2DCrossAttn {
+    resnets: [ResnetBlock2D; 2],
+    attention: Transformer2DModel,
+}
+
+impl UNetMidBlock2DCrossAttn {
+    /// Takes the tensors that the configs ask for.
+    pub fn load(
+        weights: &Weights<'_>,
+        channels: i64,
+        resnet: &ResnetConfig,
+        transformer: &Transformer2DConfig,
+    ) -> Self {
+        let resnets = weights / "resnets";
+        Self {
+            resnets: [0, 1].map(|i| ResnetBlock2D::load(&(&resnets / i), channels, channels, resnet)),
+            attention: Transformer2DModel::load(&(weights / "attentions" / 0), channels, transformer),
+        }
+    }
+
+    /// Keeps the shape of `hidden_states`.
+    pub fn forward(
+        &self,
+        hidden_states: &Tensor,
+        temb: &Tensor,
+        encoder_hidden_states: Option<&Tensor>,
+    ) -> Result<Tensor, TchError> {
+        let [first, second] = &self.resnets;
+        let hidden_states = first.forward(hidden_states, Some(temb))?;
+        let hidden_states = self.attention.forward(&hidden_states, encoder_hidden_states)?;
+        second.forward(&hidden_states, Some(temb))
+    }
+}
+
+/// The VAE's narrowest block, `UNetMidBlock2D`: a ResNet, attention if there is any, a ResNet.
+#[derive(Debug)]
+pub struct UNetMidBlock2D {
+    resnets: [ResnetBlock2D; 2],
+    attention: Option<(GroupNorm, Attention)>,
+}
+
+impl UNetMidBlock2D {
+    /// Takes the tensors that the config asks for. `attention_heads` divides `channels`; `None` is without attention.
+    pub fn load(
+        weights: &Weights<'_>,
+        channels: i64,
+        resnet: &ResnetConfig,
+        attention_heads: Option<i64>,
+    ) -> Self {
+        let resnets = weights / "resnets";
+        let attention = weights / "attentions" / 0;
+        Self {
+            resnets: [0, 1].map(|i| ResnetBlock2D::load(&(&resnets / i), channels, channels, resnet)),
+            attention: attention_heads.map(|heads| {
+                (
+                    GroupNorm::load(&(&attention / "group_norm"), resnet.groups, channels, resnet.eps),
+                    Attention::load_with_bias(&attention, channels, heads),
+                )
+            }),
+        }
+    }
+
+    /// Keeps the shape of `hidden_states`. `temb` is `None` in the VAE.
+    pub fn forward(&self, hidden_states: &Tensor, temb: Option<&Tensor>) -> Result<Tensor, TchError> {
+        let [first, second] = &self.resnets;
+        let mut hidden_states = first.forward(hidden_states, temb)?;
+        if let Some((group_norm, attention)) = &self.attention {
+            let (batch_size, channels, height, width) = hidden_states.size4()?;
+            let sequence = group_norm.forward(&hidden_states)?.f_flatten(2, 3)?.f_transpose(1, 2)?;
+            let attended = attention.forward(&sequence, None)?.f_transpose(1, 2)?;
+            let attended = attended.f_reshape([batch_size, channels, height, width])?;
+            hidden_states = hidden_states.f_add_(&attended)?;
+        }
+        second.forward(&hidden_states, temb)
+    }
+}
+
+/// An up block of the UNet.
+#[derive(Debug)]
+pub enum UpBlock {
+    /// With attention to the text.
+    CrossAttn(CrossAttnUpBlock2D),
+    /// Without.
+    Plain(UpBlock2D),
+}
+
+impl UpBlock {
+    /// ResNets of the block: how many `res_samples` it takes.
+    pub fn num_resnets(&self) -> usize {
+        match self {
+            Self::CrossAttn(block) => block.resnets.len(),
+            Self::Plain(block) => block.resnets.len(),
+        }
+    }
+
+    /// The block's output, upsampled to `upsample_size` (height, width) or, without it, doubled. `res_samples` are
+    /// those that the down blocks pushed, in that order, one for each ResNet; the last is used first.
+    pub fn forward(
+        &self,
+        hidden_states: &Tensor,
+        temb: &Tensor,
+        res_samples: Vec<Tensor>,
+        encoder_hidden_states: Option<&Tensor>,
+        upsample_size: Option<[i64; 2]>,
+    ) -> Result<Tensor, TchError> {
+        match self {
+            Self::CrossAttn(block) => {
+                block.forward(hidden_states, temb, res_samples, encoder_hidden_states, upsample_size)
+            }
+            Self::Plain(block) => block.forward(hidden_states, temb, res_samples, upsample_size),
+        }
+    }
+}
+
+/// `UpBlock2D`.
+#[derive(Debug)]
+pub struct UpBlock2D {
+    resnets: Vec<ResnetBlock2D>,
+    upsampler: Option<Upsample2D>,
+}
+
+impl UpBlock2D {
+    /// Takes the tensors that `config` asks for.
+    pub fn load(weights: &Weights<'_>, config: &UpBlockConfig) -> Self {
+        Self { resnets: config.resnets(weights), upsampler: config.upsampler(weights) }
+    }
+
+    /// See [`UpBlock::forward`].
+    pub fn forward(
+        &self,
+        hidden_states: &Tensor,
+        temb: &Tensor,
+        res_samples: Vec<Tensor>,
+        upsample_size: Option<[i64; 2]>,
+    ) -> Result<Tensor, TchError> {
+        let mut hidden_states = hidden_states.shallow_clone();
+        for (resnet, res_sample) in self.resnets.iter().zip(res_samples.into_iter().rev()) {
+            hidden_states = resnet.forward(&Tensor::f_cat(&[hidden_states, res_sample], 1)?, Some(temb))?;
+        }
+        upsample(self.upsampler.as_ref(), hidden_states, upsample_size)
+    }
+}
+
+/// `CrossAttnUpBlock2D`.
+#[derive(Debug)]
+pub struct CrossAttnUpBlock2D {
+    resnets: Vec<ResnetBlock2D>,
+    attentions: Vec<Transformer2DModel>,
+    upsampler: Option<Upsample2D>,
+}
+
+impl CrossAttnUpBlock2D {
+    /// Takes the tensors that the configs ask for.
+    pub fn load(weights: &Weights<'_>, config: &UpBlockConfig, transformer: &Transformer2DConfig) -> Self {
+        Self {
+            resnets: config.resnets(weights),
+            attentions: attentions(weights, config.num_layers, config.out_channels, transformer),
+            upsampler: config.upsampler(weights),
+        }
+    }
+
+    /// See [`UpBlock::forward`].
+    pub fn forward(
+        &self,
+        hidden_states: &Tensor,
+        temb: &Tensor,
+        res_samples: Vec<Tensor>,
+        encoder_hidden_states: Option<&Tensor>,
+        upsample_size: Option<[i64; 2]>,
+    ) -> Result<Tensor, TchError> {
+        let mut hidden_states = hidden_states.shallow_clone();
+        let layers = self.resnets.iter().zip(&self.attentions);
+        for ((resnet, attention), res_sample) in layers.zip(res_samples.into_iter().rev()) {
+            hidden_states = resnet.forward(&Tensor::f_cat(&[hidden_states, res_sample], 1)?, Some(temb))?;
+            hidden_states = attention.forward(&hidden_states, encoder_hidden_states)?;
+        }
+        upsample(self.upsampler.as_ref(), hidden_states, upsample_size)
+    }
+}
+
+/// The end of an up block.
+fn upsample(
+    upsampler: Option<&Upsample2D>,
+    hidden_states: Tensor,
+    upsample_size: Option<[i64; 2]>,
+) -> Result<Tensor, TchError> {
+    match upsampler {
+        Some(upsampler) => upsampler.forward(&hidden_states, upsample_size),
+        None => Ok(hidden_states),
+    }
+}
+
+/// A block of the VAE's decoder, `UpDecoderBlock2D`: ResNets without time embedding, then an upsampler.
+#[derive(Debug)]
+pub struct UpDecoderBlock2D {
+    resnets: Vec<ResnetBlock2D>,
+    upsampler: Option<Upsample2D>,
+}
+
+impl UpDecoderBlock2D {
+    /// Takes the tensors of a block from `in_channels` to `out_channels`.
+    pub fn load(
+        weights: &Weights<'_>,
+        in_channels: i64,
+        out_channels: i64,
+        num_layers: i64,
+        add_upsample: bool,
+        resnet: &ResnetConfig,
+    ) -> Self {
+        let resnets = weights / "resnets";
+        let resnet_in_channels = |i| if i == 0 { in_channels } else { out_channels };
+        Self {
+            resnets: (0..num_layers)
+                .map(|i| ResnetBlock2D::load(&(&resnets / i), resnet_in_channels(i), out_channels, resnet))
+                .collect(),
+            upsampler: add_upsample.then(|| Upsample2D::load(&(weights / "upsamplers" / 0), out_channels)),
+        }
+    }
+
+    /// `(batch_size, in_channels, height, width)` to `out_channels`, and to twice the size with an upsampler.
+    pub fn forward(&self, hidden_states: &Tensor) -> Result<Tensor, TchError> {
+        let mut hidden_states = hidden_states.shallow_clone();
+        for resnet in &self.resnets {
+            hidden_states = resnet.forward(&hidden_states, None)?;
+        }
+        upsample(self.upsampler.as_ref(), hidden_states, None)
+    }
+}

@@ -1,0 +1,188 @@
+//! The network that is asked at each denoising step how much noise is in the latents (diffusers'
+//! `models/unets/unet_2d_condition.py`).
+
+use tch::{Kind, TchError, Tensor};
+
+use super::super::nn::{Conv2d, GroupNorm};
+use super::super::weights::Weights;
+use super::embeddings::{TimestepEmbedding, Timesteps};
+use super::resnet::ResnetConfig;
+use super::transformer_2d::Transformer2DConfig;
+use super::unet_2d_blocks::{
+    CrossAttnDownBlock2D, CrossAttnUpBlock2D, DownBlock, DownBlock2D, DownBlockConfig, UNetMidBlock2DCrossAttn,
+    UpBlock, UpBlock2D, UpBlockConfig,
+};
+use super::unet_2d_config::{BlockType, UNet2DConditionConfig};
+
+/// `UNet2DConditionModel`.
+#[derive(Debug)]
+pub struct UNet2DConditionModel {
+    center_input_sample: bool,
+    time_proj: Timesteps,
+    time_embedding: TimestepEmbedding,
+    conv_in: Conv2d,
+    down_blocks: Vec<DownBlock>,
+    mid_block: UNetMidBlock2DCrossAttn,
+    up_blocks: Vec<UpBlock>,
+    conv_norm_out: GroupNorm,
+    conv_out: Conv2d,
+}
+
+impl UNet2DConditionModel {
+    /// Takes the tensors that `config` asks for.
+    pub fn load(weights: &Weights<'_>, config: &UNet2DConditionConfig) -> Result<Self, TchError> {
+        let first_channels = config.block_out_channels[0];
+        Ok(Self {
+            center_input_sample: config.center_input_sample,
+            time_proj: Timesteps::new(
+                first_channels,
+                config.flip_sin_to_cos,
+                config.freq_shift,
+                weights.device(),
+            )?,
+            time_embedding: TimestepEmbedding::load(
+                &(weights / "time_embedding"),
+                first_channels,
+                config.time_embed_dim,
+            ),
+            conv_in: Conv2d::load(&(weights / "conv_in"), config.in_channels, first_channels, 3),
+            down_blocks: load_down_blocks(&(weights / "down_blocks"), config),
+            mid_block: load_mid_block(&(weights / "mid_block"), config),
+            up_blocks: load_up_blocks(&(weights / "up_blocks"), config),
+            conv_norm_out: GroupNorm::load(
+                &(weights / "conv_norm_out"),
+                config.norm_num_groups,
+                first_channels,
+                config.norm_eps,
+            ),
+            conv_out: Conv2d::load(&(weights / "conv_out"), first_channels, config.out_channels, 3),
+        })
+    }
+
+    /// The noise predicted in `sample`, of the same shape `(batch_size, in_channels, height, width)` and dtype.
+    /// `timestep` is a training step, possibly a fraction, and the same for the whole batch; `encoder_hidden_states`
+    /// are of shape `(batch_size, text_length, cross_attention_dim)`.
+    pub fn forward(
+        &self,
+        sample: &Tensor,
+        timestep: f64,
+        encoder_hidden_states: &Tensor,
+    ) -> Result<Tensor, TchError> {
+        let (_, _, height, width) = sample.size4()?;
+        let upsample_factor = 1 << (self.up_blocks.len() - 1);
+        let forward_upsample_size = height % upsample_factor != 0 || width % upsample_factor != 0;
+
+        let temb = self.embed_timestep(timestep, sample.kind())?;
+        let mut hidden_states = if self.center_input_sample {
+            self.conv_in.forward(&sample.f_mul_scalar(2.0)?.f_sub_scalar(1.0)?)?
+        } else {
+            self.conv_in.forward(sample)?
+        };
+        let encoder_hidden_states = Some(encoder_hidden_states);
+
+        let mut res_samples = vec![hidden_states.shallow_clone()];
+        for block in &self.down_blocks {
+            hidden_states = block.forward(&hidden_states, &temb, encoder_hidden_states, &mut res_samples)?;
+        }
+
+        hidden_states = self.mid_block.forward(&hidden_states, &temb, encoder_hidden_states)?;
+
+        for block in &self.up_blocks {
+            let block_res_samples = res_samples.split_off(res_samples.len().saturating_sub(block.num_resnets()));
+            // Halving an odd size rounded up, so doubling it back gives one too many: grow to the size of the skip
+            // connection that comes next instead.
+            let upsample_size = match res_samples.last() {
+                Some(next) if forward_upsample_size => {
+                    let (_, _, height, width) = next.size4()?;
+                    Some([height, width])
+                }
+                _ => None,
+            };
+            hidden_states =
+                block.forward(&hidden_states, &temb, block_res_samples, encoder_hidden_states, upsample_size)?;
+        }
+
+        self.conv_out.forward(&self.conv_norm_out.forward(&hidden_states)?.f_silu_()?)
+    }
+
+    /// The time embedding `(1, time_embed_dim)`, with the SiLU that each ResNet would apply.
+    fn embed_timestep(&self, timestep: f64, kind: Kind) -> Result<Tensor, TchError> {
+        let sinusoids = self.time_proj.forward(timestep)?.f_to_kind(kind)?;
+        self.time_embedding.forward(&sinusoids)?.f_silu_()
+    }
+}
+
+/// The ResNets of down and up blocks.
+fn resnet_config(config: &UNet2DConditionConfig) -> ResnetConfig {
+    ResnetConfig {
+        temb_channels: Some(config.time_embed_dim),
+        groups: config.norm_num_groups,
+        eps: config.norm_eps,
+        output_scale_factor: 1.0,
+    }
+}
+
+/// The transformers at one resolution.
+fn transformer_config(config: &UNet2DConditionConfig, level: usize) -> Transformer2DConfig {
+    Transformer2DConfig {
+        heads: config.num_attention_heads[level],
+        cross_attention_dim: config.cross_attention_dim[level],
+        num_layers: config.transformer_layers_per_block[level],
+        norm_num_groups: config.norm_num_groups,
+        use_linear_projection: config.use_linear_projection,
+    }
+}
+
+fn load_down_blocks(weights: &Weights<'_>, config: &UNet2DConditionConfig) -> Vec<DownBlock> {
+    let channels = &config.block_out_channels;
+    let load = |level: usize| {
+        let weights = weights / level;
+        let block = DownBlockConfig {
+            in_channels: channels[level.saturating_sub(1)],
+            out_channels: channels[level],
+            num_layers: config.layers_per_block[level],
+            add_downsample: level + 1 < channels.len(),
+            resnet: resnet_config(config),
+        };
+        match config.down_block_types[level] {
+            BlockType::Plain => DownBlock::Plain(DownBlock2D::load(&weights, &block)),
+            BlockType::CrossAttn => {
+                let transformer = transformer_config(config, level);
+                DownBlock::CrossAttn(CrossAttnDownBlock2D::load(&weights, &block, &transformer))
+            }
+        }
+    };
+    (0..channels.len()).map(load).collect()
+}
+
+fn load_mid_block(weights: &Weights<'_>, config: &UNet2DConditionConfig) -> UNetMidBlock2DCrossAttn {
+    let last = config.block_out_channels.len() - 1;
+    let resnet = ResnetConfig { output_scale_factor: config.mid_block_scale_factor, ..resnet_config(config) };
+    let transformer = transformer_config(config, last);
+    UNetMidBlock2DCrossAttn::load(weights, config.block_out_channels[last], &resnet, &transformer)
+}
+
+fn load_up_blocks(weights: &Weights<'_>, config: &UNet2DConditionConfig) -> Vec<UpBlock> {
+    let channels = &config.block_out_channels;
+    let last = channels.len() - 1;
+    let load = |i: usize| {
+        let weights = weights / i;
+        let level = last - i;
+        let block = UpBlockConfig {
+            in_channels: channels[level.saturating_sub(1)],
+            prev_output_channel: channels[(level + 1).min(last)],
+            out_channels: channels[level],
+            num_layers: config.layers_per_block[level] + 1,
+            add_upsample: level > 0,
+            resnet: resnet_config(config),
+        };
+        match config.up_block_types[i] {
+            BlockType::Plain => UpBlock::Plain(UpBlock2D::load(&weights, &block)),
+            BlockType::CrossAttn => {
+                let transformer = transformer_config(config, level);
+                UpBlock::CrossAttn(CrossAttnUpBlock2D::load(&weights, &block, &transformer))
+            }
+        }
+    };
+    (0..channels.len()).map(load).collect()
+}

@@ -1,0 +1,68 @@
+//! The half of the autoencoder that turns latents into pixels (diffusers' `models/autoencoders/vae.py`).
+
+use tch::{TchError, Tensor};
+
+use super::super::nn::{Conv2d, GroupNorm};
+use super::super::weights::Weights;
+use super::autoencoder_kl::AutoencoderKLConfig;
+use super::resnet::ResnetConfig;
+use super::unet_2d_blocks::{UNetMidBlock2D, UpDecoderBlock2D};
+
+/// Epsilon of all GroupNorms in the VAE (`resnet_eps` in diffusers' `Decoder`).
+const NORM_EPS: f64 = 1e-6;
+
+/// Attention heads of the mid block (diffusers' `Decoder` makes a head as wide as the block).
+const ATTENTION_HEADS: i64 = 1;
+
+/// `Decoder`.
+#[derive(Debug)]
+pub struct Decoder {
+    conv_in: Conv2d,
+    mid_block: UNetMidBlock2D,
+    up_blocks: Vec<UpDecoderBlock2D>,
+    conv_norm_out: GroupNorm,
+    conv_out: Conv2d,
+}
+
+impl Decoder {
+    /// Takes the tensors that `config` asks for.
+    pub fn load(weights: &Weights<'_>, config: &AutoencoderKLConfig) -> Self {
+        let resnet = ResnetConfig {
+            temb_channels: None,
+            groups: config.norm_num_groups,
+            eps: NORM_EPS,
+            output_scale_factor: 1.0,
+        };
+        let reversed: Vec<i64> = config.block_out_channels.iter().rev().copied().collect();
+        let (first, last) = (reversed[0], reversed[reversed.len() - 1]);
+        let up_blocks = weights / "up_blocks";
+        let up_block = |i: usize| {
+            let in_channels = reversed[i.saturating_sub(1)];
+            let num_layers = config.layers_per_block + 1;
+            let add_upsample = i + 1 < reversed.len();
+            UpDecoderBlock2D::load(&(&up_blocks / i), in_channels, reversed[i], num_layers, add_upsample, &resnet)
+        };
+        Self {
+            conv_in: Conv2d::load(&(weights / "conv_in"), config.latent_channels, first, 3),
+            mid_block: UNetMidBlock2D::load(
+                &(weights / "mid_block"),
+                first,
+                &resnet,
+                config.mid_block_add_attention.then_some(ATTENTION_HEADS),
+            ),
+            up_blocks: (0..reversed.len()).map(up_block).collect(),
+            conv_norm_out: GroupNorm::load(&(weights / "conv_norm_out"), config.norm_num_groups, last, NORM_EPS),
+            conv_out: Conv2d::load(&(weights / "conv_out"), last, config.out_channels, 3),
+        }
+    }
+
+    /// `(batch_size, latent_channels, height, width)` to `(batch_size, out_channels, height * f, width * f)`, where
+    /// `f` is the VAE's scale factor.
+    pub fn forward(&self, sample: &Tensor) -> Result<Tensor, TchError> {
+        let mut hidden_states = self.mid_block.forward(&self.conv_in.forward(sample)?, None)?;
+        for block in &self.up_blocks {
+            hidden_states = block.forward(&hidden_states)?;
+        }
+        self.conv_out.forward(&self.conv_norm_out.forward(&hidden_states)?.f_silu_()?)
+    }
+}

@@ -1,0 +1,123 @@
+//! The layers of `torch.nn` that the models are made of, with their weights. Shapes follow PyTorch.
+
+use tch::{TchError, Tensor};
+
+use super::weights::Weights;
+
+/// `torch.nn.Linear`.
+#[derive(Debug)]
+pub struct Linear {
+    weight: Tensor,
+    bias: Option<Tensor>,
+}
+
+impl Linear {
+    /// A layer with a bias.
+    pub fn load(weights: &Weights<'_>, in_features: i64, out_features: i64) -> Self {
+        Self { bias: Some(weights.tensor("bias", &[out_features])), ..Self::without_bias(weights, in_features, out_features) }
+    }
+
+    /// A layer without a bias.
+    pub fn without_bias(weights: &Weights<'_>, in_features: i64, out_features: i64) -> Self {
+        Self { weight: weights.tensor("weight", &[out_features, in_features]), bias: None }
+    }
+
+    /// `(…, in_features)` to `(…, out_features)`.
+    pub fn forward(&self, input: &Tensor) -> Result<Tensor, TchError> {
+        input.f_linear(&self.weight, self.bias.as_ref())
+    }
+}
+
+/// `torch.nn.Conv2d` with a square kernel and a bias.
+#[derive(Debug)]
+pub struct Conv2d {
+    weight: Tensor,
+    bias: Tensor,
+    stride: i64,
+    padding: i64,
+}
+
+impl Conv2d {
+    /// A convolution of stride 1 that keeps height and width; `kernel_size` is odd.
+    pub fn load(weights: &Weights<'_>, in_channels: i64, out_channels: i64, kernel_size: i64) -> Self {
+        Self {
+            weight: weights.tensor("weight", &[out_channels, in_channels, kernel_size, kernel_size]),
+            bias: weights.tensor("bias", &[out_channels]),
+            stride: 1,
+            padding: kernel_size / 2,
+        }
+    }
+
+    /// A 3×3 convolution of stride 2, which halves height and width (rounded up).
+    pub fn downsampling(weights: &Weights<'_>, channels: i64) -> Self {
+        Self { stride: 2, ..Self::load(weights, channels, channels, 3) }
+    }
+
+    /// `(batch_size, in_channels, height, width)` to `(batch_size, out_channels, height, width)`.
+    pub fn forward(&self, input: &Tensor) -> Result<Tensor, TchError> {
+        let (stride, padding) = ([self.stride; 2], [self.padding; 2]);
+        input.f_conv2d(&self.weight, Some(&self.bias), stride, padding, [1, 1], 1)
+    }
+}
+
+/// `torch.nn.GroupNorm`.
+#[derive(Debug)]
+pub struct GroupNorm {
+    weight: Tensor,
+    bias: Tensor,
+    num_groups: i64,
+    eps: f64,
+}
+
+impl GroupNorm {
+    /// `num_groups` divides `num_channels`; the configs are checked for it.
+    pub fn load(weights: &Weights<'_>, num_groups: i64, num_channels: i64, eps: f64) -> Self {
+        let (weight, bias) = (weights.tensor("weight", &[num_channels]), weights.tensor("bias", &[num_channels]));
+        Self { weight, bias, num_groups, eps }
+    }
+
+    /// `(batch_size, num_channels, …)` to the same shape.
+    pub fn forward(&self, input: &Tensor) -> Result<Tensor, TchError> {
+        input.f_group_norm(self.num_groups, Some(&self.weight), Some(&self.bias), self.eps, true)
+    }
+}
+
+/// `torch.nn.LayerNorm` over the last dimension.
+#[derive(Debug)]
+pub struct LayerNorm {
+    weight: Tensor,
+    bias: Tensor,
+    size: i64,
+    eps: f64,
+}
+
+impl LayerNorm {
+    /// A norm over vectors of `size`.
+    pub fn load(weights: &Weights<'_>, size: i64, eps: f64) -> Self {
+        Self { weight: weights.tensor("weight", &[size]), bias: weights.tensor("bias", &[size]), size, eps }
+    }
+
+    /// `(…, size)` to the same shape.
+    pub fn forward(&self, input: &Tensor) -> Result<Tensor, TchError> {
+        input.f_layer_norm([self.size], Some(&self.weight), Some(&self.bias), self.eps, true)
+    }
+}
+
+/// `torch.nn.Embedding`.
+#[derive(Debug)]
+pub struct Embedding {
+    /// `(num_embeddings, embedding_dim)`.
+    pub weight: Tensor,
+}
+
+impl Embedding {
+    /// A table of `num_embeddings` vectors.
+    pub fn load(weights: &Weights<'_>, num_embeddings: i64, embedding_dim: i64) -> Self {
+        Self { weight: weights.tensor("weight", &[num_embeddings, embedding_dim]) }
+    }
+
+    /// `(…)` of indices to `(…, embedding_dim)`.
+    pub fn forward(&self, indices: &Tensor) -> Result<Tensor, TchError> {
+        Tensor::f_embedding(&self.weight, indices, -1, false, false)
+    }
+}

@@ -1,0 +1,229 @@
+//! Text to image: prompt to embedding, noise to latents, latents to pixels, pixels to verdict (diffusers'
+//! `pipelines/stable_diffusion/pipeline_stable_diffusion.py`).
+//!
+//! A picture depends on its request, the parameters, the weights and the kind of device, and on nothing else. So each
+//! picture has its own generator, its own noise scheduler and its own latents; prompts are encoded, latents decoded
+//! and pictures checked one by one. Only the UNet sees several pictures at once, and only on a GPU: on the CPU kernels
+//! choose their order of summation by the batch's shape, and a picture's last bits would depend on its neighbours.
+
+mod denoising;
+mod loading;
+mod types;
+
+use std::collections::HashMap;
+use std::time::Instant;
+
+use tch::{Device, Kind, TchError, Tensor};
+
+use self::denoising::Denoising;
+pub use self::loading::LoadOptions;
+pub use self::types::{
+    GeneratedImage, Generation, GenerationParameters, ImageError, ImageRequest, InputFault, NoiseKind,
+    PipelineError, Stage, StageSeconds, StepControl, StepProgress, size_faults,
+};
+use super::clip_image_processor::{CLIPImageProcessor, RgbPixels};
+use super::clip_tokenizer::CLIPTokenizer;
+use super::models::autoencoder_kl::AutoencoderKL;
+use super::models::clip_text_model::CLIPTextModel;
+use super::models::unet_2d_condition::UNet2DConditionModel;
+use super::safety_checker::{SafetyCheckError, SafetyVerdict, StableDiffusionSafetyChecker};
+use super::schedulers::{SchedulerConfig, SchedulerKind};
+
+/// `StableDiffusionPipeline`.
+#[derive(Debug)]
+pub struct StableDiffusionPipeline {
+    tokenizer: CLIPTokenizer,
+    text_encoder: CLIPTextModel,
+    unet: UNet2DConditionModel,
+    vae: AutoencoderKL,
+    safety: Option<(CLIPImageProcessor, StableDiffusionSafetyChecker)>,
+    scheduler_config: SchedulerConfig,
+    /// Default height and width of the latents.
+    sample_size: (i64, i64),
+    latent_channels: i64,
+    vae_scale_factor: i64,
+    options: LoadOptions,
+}
+
+/// A prompt's embedding `(1, model_max_length, hidden_size)` and what of the prompt did not fit.
+type Encoded = (Tensor, Option<String>);
+
+impl StableDiffusionPipeline {
+    /// Width and height in pixels that the checkpoint was made for: `unet.sample_size` × `vae_scale_factor`.
+    pub fn default_size(&self) -> (u32, u32) {
+        let (height, width) = self.sample_size;
+        let pixels = |size: i64| u32::try_from(size * self.vae_scale_factor).unwrap_or(u32::MAX);
+        (pixels(width), pixels(height))
+    }
+
+    /// The noise scheduler that the checkpoint names, if it is one of ours.
+    pub fn default_scheduler(&self) -> Option<SchedulerKind> {
+        self.scheduler_config.kind()
+    }
+
+    /// Pixels per latent cell in each direction; widths and heights are multiples of it.
+    pub fn vae_scale_factor(&self) -> u32 {
+        u32::try_from(self.vae_scale_factor).unwrap_or(u32::MAX)
+    }
+
+    /// Whether pictures get a verdict. Without a safety checker none does.
+    pub fn has_safety_checker(&self) -> bool {
+        self.safety.is_some()
+    }
+
+    /// Where and in which precision the models compute.
+    pub fn options(&self) -> LoadOptions {
+        self.options
+    }
+
+    /// Makes the pictures of one microbatch. `on_step` is called after each denoising step and can stop the call or
+    /// drop pictures from it.
+    ///
+    /// Fails as a whole if the inputs break a rule, `on_step` stops it or libtorch refuses an operation (a GPU out of
+    /// memory, for example); what concerns one picture is that picture's error.
+    pub fn generate(
+        &self,
+        requests: &[ImageRequest],
+        parameters: &GenerationParameters,
+        on_step: &mut dyn FnMut(&StepProgress<'_>) -> StepControl,
+    ) -> Result<Generation, PipelineError> {
+        self.check_inputs(requests, parameters)?;
+        let _no_grad = tch::no_grad_guard();
+        let mut seconds = StageSeconds::default();
+
+        let encoded = timed(&mut seconds.text_encoder, || self.encode_prompts(requests))?;
+        let denoised = timed(&mut seconds.denoise, || {
+            Denoising::start(self, requests, parameters, &encoded)?.run(on_step)
+        })?;
+
+        let mut images = Vec::with_capacity(requests.len());
+        for (request, latents) in requests.iter().zip(denoised) {
+            let image = match latents {
+                Ok(latents) => self.finish(request, parameters, &latents, &encoded, &mut seconds)?,
+                Err(error) => Err(error),
+            };
+            images.push(image);
+        }
+        Ok(Generation { images, seconds })
+    }
+
+    /// The embedding of each different prompt and, with guidance, negative prompt of the requests.
+    fn encode_prompts<'r>(
+        &self,
+        requests: &'r [ImageRequest],
+    ) -> Result<HashMap<&'r str, Encoded>, PipelineError> {
+        let mut encoded = HashMap::new();
+        for request in requests {
+            let negative = request.do_classifier_free_guidance().then_some(request.negative_prompt.as_str());
+            for prompt in [Some(request.prompt.as_str()), negative].into_iter().flatten() {
+                if !encoded.contains_key(prompt) {
+                    encoded.insert(prompt, self.encode_prompt(prompt)?);
+                }
+            }
+        }
+        Ok(encoded)
+    }
+
+    fn encode_prompt(&self, prompt: &str) -> Result<Encoded, PipelineError> {
+        let tokenized = self.tokenizer.tokenize(prompt)?;
+        let input_ids = Tensor::f_from_slice(&tokenized.ids)?.f_unsqueeze(0)?;
+        let input_ids = input_ids.f_to_device(self.options.device.to_tch())?;
+        Ok((self.text_encoder.forward(&input_ids)?, tokenized.truncated))
+    }
+
+    /// Latents to a checked picture.
+    fn finish(
+        &self,
+        request: &ImageRequest,
+        parameters: &GenerationParameters,
+        latents: &Tensor,
+        encoded: &HashMap<&str, Encoded>,
+        seconds: &mut StageSeconds,
+    ) -> Result<Result<GeneratedImage, ImageError>, PipelineError> {
+        let decoded = timed(&mut seconds.vae_decode, || -> Result<_, TchError> {
+            let image = self.vae.decode(latents)?;
+            if is_finite(&image)? { to_pixels(&image).map(Some) } else { Ok(None) }
+        })?;
+        let Some(mut pixels) = decoded else {
+            return Ok(Err(ImageError::NonFinite { stage: Stage::VaeDecode }));
+        };
+        let safety = match timed(&mut seconds.safety_checker, || self.run_safety_checker(&pixels, parameters)) {
+            Ok(verdict) => verdict,
+            Err(SafetyCheckError::NonFinite) => {
+                return Ok(Err(ImageError::NonFinite { stage: Stage::SafetyChecker }));
+            }
+            Err(SafetyCheckError::Tensor(error)) => return Err(error.into()),
+        };
+        if safety.as_ref().is_some_and(|verdict| verdict.has_nsfw_concept) {
+            pixels.fill(0);
+        }
+        let truncated = |prompt: &String| encoded.get(prompt.as_str()).and_then(|(_, rest)| rest.clone());
+        let negative = request.do_classifier_free_guidance().then_some(&request.negative_prompt);
+        Ok(Ok(GeneratedImage {
+            pixels,
+            width: parameters.width,
+            height: parameters.height,
+            seed: request.seed,
+            noise: self.noise(parameters),
+            safety,
+            truncated_prompt: truncated(&request.prompt),
+            truncated_negative_prompt: negative.and_then(truncated),
+        }))
+    }
+
+    /// The verdict on 8-bit pixels, which are what the world will see; `None` without a checker.
+    fn run_safety_checker(
+        &self,
+        pixels: &[u8],
+        parameters: &GenerationParameters,
+    ) -> Result<Option<SafetyVerdict>, SafetyCheckError> {
+        let Some((feature_extractor, safety_checker)) = &self.safety else { return Ok(None) };
+        let (width, height) = (parameters.width as usize, parameters.height as usize);
+        let clip_input = feature_extractor
+            .preprocess(RgbPixels { bytes: pixels, width, height })?
+            .f_to_device(self.options.device.to_tch())?
+            .f_to_kind(self.options.dtype.to_tch())?;
+        let mut verdicts = safety_checker.forward(&clip_input)?;
+        verdicts.pop().map_or_else(
+            || Err(TchError::Shape("the safety checker gave no verdict".to_owned()).into()),
+            |verdict| verdict.map(Some),
+        )
+    }
+
+    /// The dtype that noise is drawn in: as asked for, or the compute dtype, as diffusers does.
+    fn noise(&self, parameters: &GenerationParameters) -> NoiseKind {
+        parameters.noise.unwrap_or_else(|| NoiseKind::of(self.options.dtype))
+    }
+}
+
+/// Runs `work` and adds the time it took to `seconds`. The stages end by reading a result on this side, so a GPU has
+/// finished its part.
+fn timed<T>(seconds: &mut f64, work: impl FnOnce() -> T) -> T {
+    let start = Instant::now();
+    let result = work();
+    *seconds += start.elapsed().as_secs_f64();
+    result
+}
+
+/// Whether no value is NaN or infinite.
+fn is_finite(tensor: &Tensor) -> Result<bool, TchError> {
+    Ok(tensor.f_isfinite()?.f_all()?.f_int64_value(&[])? != 0)
+}
+
+/// The VAE's output `(1, 3, height, width)` in -1..1 to RGB bytes, row by row, rounded as diffusers rounds
+/// (`VaeImageProcessor.postprocess`); others truncate.
+fn to_pixels(image: &Tensor) -> Result<Vec<u8>, TchError> {
+    let bytes = image
+        .f_mul_scalar(0.5)?
+        .f_add_scalar(0.5)?
+        .f_clamp(0.0, 1.0)?
+        .f_select(0, 0)?
+        .f_permute([1, 2, 0])?
+        .f_to_device(Device::Cpu)?
+        .f_to_kind(Kind::Float)?
+        .f_mul_scalar(255.0)?
+        .f_round()?
+        .f_to_kind(Kind::Uint8)?
+        .f_contiguous()?;
+    Vec::try_from(bytes.f_flatten(0, 2)?)
+}

@@ -1,0 +1,185 @@
+//! The denoising loop.
+
+use std::collections::HashMap;
+
+use tch::{TchError, Tensor};
+
+use super::super::rng::Generator;
+use super::super::schedulers::Scheduler;
+use super::types::{
+    GenerationParameters, ImageError, ImageRequest, PipelineError, Stage, StepControl, StepProgress,
+};
+use super::{Encoded, StableDiffusionPipeline, is_finite};
+
+/// One picture on its way from noise to latents.
+struct Picture {
+    /// Its request's index.
+    index: usize,
+    /// `(1, latent_channels, height, width)` in the compute dtype.
+    latents: Tensor,
+    generator: Generator,
+    scheduler: Box<dyn Scheduler + Send>,
+    /// What the UNet attends to: of shape `(1, length, hidden_size)`, or `(2, …)` with guidance, the negative prompt's
+    /// first.
+    prompt_embeds: Tensor,
+    /// `None` without guidance.
+    guidance_scale: Option<f64>,
+}
+
+/// The pictures of a call that are being denoised, and what became of the others.
+pub(super) struct Denoising<'p> {
+    pipeline: &'p StableDiffusionPipeline,
+    pictures: Vec<Picture>,
+    timesteps: Vec<f64>,
+    /// How many pictures the UNet sees at once.
+    unet_batch_size: usize,
+    finished: Vec<Result<Tensor, ImageError>>,
+}
+
+impl<'p> Denoising<'p> {
+    /// Draws each picture's first noise.
+    pub(super) fn start(
+        pipeline: &'p StableDiffusionPipeline,
+        requests: &[ImageRequest],
+        parameters: &GenerationParameters,
+        encoded: &HashMap<&str, Encoded>,
+    ) -> Result<Self, PipelineError> {
+        let mut pictures = Vec::with_capacity(requests.len());
+        for (index, request) in requests.iter().enumerate() {
+            pictures.push(Picture::start(pipeline, index, request, parameters, encoded)?);
+        }
+        let timesteps = pictures.first().map(|picture| picture.scheduler.timesteps().to_vec());
+        let unet_batch_size = if pipeline.options.device.is_cuda() { pictures.len().max(1) } else { 1 };
+        Ok(Self {
+            pipeline,
+            timesteps: timesteps.unwrap_or_default(),
+            unet_batch_size,
+            // What a picture dropped before its first step would be; each is overwritten below.
+            finished: requests.iter().map(|_| Err(ImageError::Dropped { step_index: 0 })).collect(),
+            pictures,
+        })
+    }
+
+    /// Takes all steps; the latents of each request's picture, or why there are none.
+    pub(super) fn run(
+        mut self,
+        on_step: &mut dyn FnMut(&StepProgress<'_>) -> StepControl,
+    ) -> Result<Vec<Result<Tensor, ImageError>>, PipelineError> {
+        let num_steps = self.timesteps.len();
+        for (step_index, timestep) in std::mem::take(&mut self.timesteps).into_iter().enumerate() {
+            for pictures in self.pictures.chunks_mut(self.unet_batch_size) {
+                step(self.pipeline, pictures, step_index, timestep)?;
+            }
+            let active: Vec<usize> = self.pictures.iter().map(|picture| picture.index).collect();
+            let latents: Vec<&Tensor> = self.pictures.iter().map(|picture| &picture.latents).collect();
+            match on_step(&StepProgress { step_index, num_steps, active: &active, latents: &latents }) {
+                StepControl::Continue => {}
+                StepControl::Stop => return Err(PipelineError::Stopped { step_index }),
+                StepControl::Drop(dropped) => self.drop_pictures(&dropped, step_index),
+            }
+            if self.pictures.is_empty() {
+                break;
+            }
+        }
+        for picture in self.pictures {
+            self.finished[picture.index] = if is_finite(&picture.latents)? {
+                Ok(picture.latents)
+            } else {
+                Err(ImageError::NonFinite { stage: Stage::Denoise })
+            };
+        }
+        Ok(self.finished)
+    }
+
+    /// Gives up some pictures; what they computed so far is freed at once.
+    fn drop_pictures(&mut self, dropped: &[usize], step_index: usize) {
+        for picture in self.pictures.extract_if(.., |picture| dropped.contains(&picture.index)) {
+            self.finished[picture.index] = Err(ImageError::Dropped { step_index });
+        }
+    }
+}
+
+impl Picture {
+    fn start(
+        pipeline: &StableDiffusionPipeline,
+        index: usize,
+        request: &ImageRequest,
+        parameters: &GenerationParameters,
+        encoded: &HashMap<&str, Encoded>,
+    ) -> Result<Self, PipelineError> {
+        let scheduler =
+            parameters.scheduler.build(&pipeline.scheduler_config, parameters.num_inference_steps)?;
+        let (device, dtype) = (pipeline.options.device.to_tch(), pipeline.options.dtype.to_tch());
+        let cells = |pixels: u32| i64::from(pixels) / pipeline.vae_scale_factor;
+        let shape = [1, pipeline.latent_channels, cells(parameters.height), cells(parameters.width)];
+        let mut generator = Generator::new(request.seed);
+        let noise = generator.randn(&shape, pipeline.noise(parameters).to_tch())?;
+        let latents =
+            noise.f_to_device(device)?.f_to_kind(dtype)?.f_mul_scalar(scheduler.init_noise_sigma())?;
+
+        let embeds_of = |prompt: &str| match encoded.get(prompt) {
+            Some((embeds, _)) => Ok(embeds),
+            None => Err(TchError::Shape("a prompt was not encoded".to_owned())),
+        };
+        let prompt_embeds = embeds_of(&request.prompt)?;
+        let (prompt_embeds, guidance_scale) = if request.do_classifier_free_guidance() {
+            let negative_prompt_embeds = embeds_of(&request.negative_prompt)?;
+            (Tensor::f_cat(&[negative_prompt_embeds, prompt_embeds], 0)?, Some(request.guidance_scale))
+        } else {
+            (prompt_embeds.shallow_clone(), None)
+        };
+        Ok(Self { index, latents, generator, scheduler, prompt_embeds, guidance_scale })
+    }
+
+    /// What the UNet is shown, as many times as it has embeddings to predict with.
+    fn model_input(&self, step_index: usize) -> Result<Tensor, PipelineError> {
+        let scaled = self.scheduler.scale_model_input(&self.latents, step_index)?;
+        match self.guidance_scale {
+            Some(_) => Ok(Tensor::f_cat(&[&scaled, &scaled], 0)?),
+            None => Ok(scaled),
+        }
+    }
+
+    /// Applies the UNet's prediction, of the shape of [`Self::model_input`].
+    fn step(&mut self, noise_pred: &Tensor, step_index: usize) -> Result<(), PipelineError> {
+        let guided = match self.guidance_scale {
+            Some(guidance_scale) => {
+                let noise_pred_uncond = noise_pred.f_narrow(0, 0, 1)?;
+                let noise_pred_text = noise_pred.f_narrow(0, 1, 1)?;
+                noise_pred_text
+                    .f_sub(&noise_pred_uncond)?
+                    .f_mul_scalar_(guidance_scale)?
+                    .f_add_(&noise_pred_uncond)?
+            }
+            None => noise_pred.shallow_clone(),
+        };
+        let generators = std::slice::from_mut(&mut self.generator);
+        self.latents = self.scheduler.step(&guided, step_index, &self.latents, generators)?;
+        Ok(())
+    }
+}
+
+/// One denoising step of pictures that the UNet sees together.
+fn step(
+    pipeline: &StableDiffusionPipeline,
+    pictures: &mut [Picture],
+    step_index: usize,
+    timestep: f64,
+) -> Result<(), PipelineError> {
+    if let [picture] = pictures {
+        let model_input = picture.model_input(step_index)?;
+        let noise_pred = pipeline.unet.forward(&model_input, timestep, &picture.prompt_embeds)?;
+        return picture.step(&noise_pred, step_index);
+    }
+    let model_inputs =
+        pictures.iter().map(|picture| picture.model_input(step_index)).collect::<Result<Vec<_>, _>>()?;
+    let prompt_embeds: Vec<&Tensor> = pictures.iter().map(|picture| &picture.prompt_embeds).collect();
+    let noise_pred =
+        pipeline.unet.forward(&Tensor::f_cat(&model_inputs, 0)?, timestep, &Tensor::f_cat(&prompt_embeds, 0)?)?;
+    // All have guidance or none has, so all parts are equally large.
+    let rows = model_inputs.first().map_or(1, |input| input.size().first().copied().unwrap_or(1));
+    for (picture, noise_pred) in pictures.iter_mut().zip(noise_pred.f_split(rows, 0)?) {
+        picture.step(&noise_pred, step_index)?;
+    }
+    Ok(())
+}

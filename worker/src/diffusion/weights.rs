@@ -1,0 +1,200 @@
+//! A component's weights: one memory-mapped safetensors file, handed out tensor by tensor under the names and shapes
+//! that the model asks for.
+//!
+//! The file is never read whole: each tensor is copied from the map, converted to the compute dtype and put on the
+//! device, and the pages behind it can be dropped. A tensor that is missing or has another shape does not stop the
+//! building of the model; it is recorded, an empty tensor stands in for it, and [`WeightFile::into_faults`] tells in
+//! the end, together with the tensors that nobody asked for.
+
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::fmt::Display;
+use std::fs::File;
+use std::ops::Div;
+use std::path::Path;
+
+use memmap2::Mmap;
+use safetensors::SafeTensors;
+use safetensors::tensor::{Dtype, TensorInfo};
+use tch::{Device, Kind, TchError, Tensor};
+
+use super::device::ComputeDtype;
+use super::load_error::Fault;
+
+/// How many bytes of a safetensors file give the header's length (the format's definition).
+const HEADER_LENGTH_BYTES: usize = 8;
+
+/// A memory-mapped safetensors file and what became of its tensors.
+#[derive(Debug)]
+pub struct WeightFile {
+    file: String,
+    map: Mmap,
+    data_start: usize,
+    entries: BTreeMap<String, Entry>,
+    kind: Kind,
+    device: Device,
+    faults: RefCell<Vec<Fault>>,
+}
+
+/// One tensor in the file.
+#[derive(Debug)]
+struct Entry {
+    /// The name as the file spells it.
+    spelled: String,
+    info: TensorInfo,
+    used: Cell<bool>,
+}
+
+/// The base names under which diffusers and transformers save a component's weights: of the fp32 and the fp16 file.
+fn candidates(stem: &str, dtype: ComputeDtype) -> [String; 2] {
+    let full = format!("{stem}.safetensors");
+    let half = format!("{stem}.fp16.safetensors");
+    match dtype {
+        // bf16 keeps fewer digits than f16: rounding once, from the fp32 file, is what diffusers does.
+        ComputeDtype::F32 | ComputeDtype::Bf16 => [full, half],
+        ComputeDtype::F16 => [half, full],
+    }
+}
+
+impl WeightFile {
+    /// Maps `{component}/{stem}.safetensors` or its `.fp16` sibling, whichever fits the compute dtype better and
+    /// exists. `rename` turns a key of the file into the model's, or drops it (`None`).
+    pub fn open(
+        directory: &Path,
+        component: &str,
+        stem: &str,
+        dtype: ComputeDtype,
+        device: Device,
+        rename: fn(&str) -> Option<String>,
+    ) -> Result<Self, Fault> {
+        let names = candidates(stem, dtype).map(|name| format!("{component}/{name}"));
+        let file = names
+            .iter()
+            .find(|name| directory.join(name.as_str()).exists())
+            .ok_or_else(|| Fault::MissingFile { file: names.join(" or ") })?;
+        Self::map(directory, file, dtype.to_tch(), device, rename)
+    }
+
+    /// Maps one file and reads its header.
+    fn map(
+        directory: &Path,
+        file: &str,
+        kind: Kind,
+        device: Device,
+        rename: fn(&str) -> Option<String>,
+    ) -> Result<Self, Fault> {
+        let unreadable = |error| Fault::Unreadable { file: file.to_owned(), error };
+        let handle = File::open(directory.join(file)).map_err(unreadable)?;
+        // SAFETY: the map is read while the model is loaded and then dropped. A checkpoint is not rewritten in place
+        // while workers load it: installing one means writing new files.
+        let map = unsafe { Mmap::map(&handle) }.map_err(unreadable)?;
+        let (header_length, metadata) = SafeTensors::read_metadata(&map)
+            .map_err(|error| Fault::Safetensors { file: file.to_owned(), reason: error.to_string() })?;
+        let mut faults = Vec::new();
+        let mut entries = BTreeMap::new();
+        for (spelled, info) in metadata.tensors() {
+            let Some(name) = rename(&spelled) else { continue };
+            let entry = Entry { spelled, info: info.clone(), used: Cell::new(false) };
+            if let Some(twin) = entries.insert(name, entry) {
+                faults.push(Fault::UnexpectedKey { file: file.to_owned(), key: twin.spelled });
+            }
+        }
+        Ok(Self {
+            file: file.to_owned(),
+            data_start: HEADER_LENGTH_BYTES + header_length,
+            map,
+            entries,
+            kind,
+            device,
+            faults: RefCell::new(faults),
+        })
+    }
+
+    /// The top of the file's name tree.
+    pub fn root(&self) -> Weights<'_> {
+        Weights { file: self, prefix: String::new() }
+    }
+
+    /// What was wrong: tensors that were missing or misshapen when asked for, then those that nobody asked for.
+    pub fn into_faults(self) -> Vec<Fault> {
+        let mut faults = self.faults.into_inner();
+        let unused = self.entries.into_values().filter(|entry| !entry.used.get());
+        faults.extend(unused.map(|entry| Fault::UnexpectedKey { file: self.file.clone(), key: entry.spelled }));
+        faults
+    }
+
+    /// The tensor of this name and shape, in the compute dtype and on the device.
+    fn tensor(&self, name: &str, shape: &[i64]) -> Result<Tensor, Fault> {
+        let (file, key) = (self.file.clone(), name.to_owned());
+        let Some(entry) = self.entries.get(name) else {
+            return Err(Fault::MissingKey { file, key, expected: shape.to_vec() });
+        };
+        entry.used.set(true);
+        let found = &entry.info.shape;
+        if !found.iter().map(|&size| i64::try_from(size)).eq(shape.iter().map(|&size| Ok(size))) {
+            return Err(Fault::MisshapenKey { file, key, expected: shape.to_vec(), found: found.clone() });
+        }
+        let Some(kind) = float_kind(entry.info.dtype) else {
+            return Err(Fault::WrongDtype { file, key, found: format!("{:?}", entry.info.dtype) });
+        };
+        self.copy(entry, shape, kind).map_err(|error| Fault::Tensor { file, key, error })
+    }
+
+    /// Copies an entry's bytes out of the map. The parser has checked that they lie within the file and are as many as
+    /// shape and dtype say.
+    fn copy(&self, entry: &Entry, shape: &[i64], kind: Kind) -> Result<Tensor, TchError> {
+        let (start, end) = entry.info.data_offsets;
+        let bytes = &self.map[self.data_start + start..self.data_start + end];
+        Tensor::f_from_data_size(bytes, shape, kind)?.f_to_device_(self.device, self.kind, false, false)
+    }
+}
+
+/// libtorch's name of a safetensors dtype, if it is one that weights are stored in.
+fn float_kind(dtype: Dtype) -> Option<Kind> {
+    match dtype {
+        Dtype::F64 => Some(Kind::Double),
+        Dtype::F32 => Some(Kind::Float),
+        Dtype::F16 => Some(Kind::Half),
+        Dtype::BF16 => Some(Kind::BFloat16),
+        _ => None,
+    }
+}
+
+/// A place in the tree of names: `&weights / "down_blocks" / 0` is where the first down block's tensors are.
+#[derive(Debug, Clone)]
+pub struct Weights<'a> {
+    file: &'a WeightFile,
+    prefix: String,
+}
+
+impl Weights<'_> {
+    /// The tensor `name` of this place, of the given shape, in the compute dtype and on the device. Where the file has
+    /// no such tensor, the fault is recorded and an empty tensor returned.
+    pub fn tensor(&self, name: &str, shape: &[i64]) -> Tensor {
+        self.file.tensor(&format!("{}{name}", self.prefix), shape).unwrap_or_else(|fault| {
+            self.file.faults.borrow_mut().push(fault);
+            Tensor::new()
+        })
+    }
+
+    /// The device that the tensors are put on.
+    pub fn device(&self) -> Device {
+        self.file.device
+    }
+}
+
+impl<'a, T: Display> Div<T> for &Weights<'a> {
+    type Output = Weights<'a>;
+
+    fn div(self, name: T) -> Weights<'a> {
+        Weights { file: self.file, prefix: format!("{}{name}.", self.prefix) }
+    }
+}
+
+impl<'a, T: Display> Div<T> for Weights<'a> {
+    type Output = Weights<'a>;
+
+    fn div(self, name: T) -> Weights<'a> {
+        &self / name
+    }
+}

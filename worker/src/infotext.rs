@@ -1,0 +1,88 @@
+//! The text chunk `parameters`, in the grammar that AUTOMATIC1111's web UI writes and most viewers read.
+//!
+//! ```text
+//! <prompt, may have several lines>
+//! Negative prompt: <negative prompt, may have several lines>      (only if there is one)
+//! Steps: 50, Sampler: PLMS, CFG scale: 7.5, Seed: 42, Size: 512x512, Model hash: …, Model: …, RNG: CPU, Version: …
+//! ```
+//! Readers take the last line for parameters when it has three or more `Key: value` pairs, which ours always has, so
+//! nothing in a prompt can pass for it. The one ambiguity is a prompt line that begins with `Negative prompt:`; it is
+//! written `Negative prompt :`, which reads the same to people and not to parsers. Line ends and blanks at the ends of
+//! lines are not kept by readers either. The exact prompts are in the `darkroom` chunk (`png.rs`).
+
+use std::fmt::Write as _;
+
+use schema::{NoiseScheduler, Sha256Digest, ValidJobSpec};
+
+/// What starts the negative prompt.
+const NEGATIVE_PROMPT: &str = "Negative prompt:";
+/// How many hexadecimal digits of a model's digest the web UI shows.
+const MODEL_HASH_DIGITS: usize = 10;
+
+/// The `parameters` text of a job's picture.
+///
+/// `Model hash` is the beginning of our digest over all of the model's component files, not of one checkpoint file.
+pub fn infotext(spec: &ValidJobSpec, model_name: &str, weights_sha256: &Sha256Digest) -> String {
+    let mut text = sanitized(spec.prompt());
+    let negative_prompt = sanitized(spec.negative_prompt());
+    if !negative_prompt.is_empty() {
+        // Writing into a String cannot fail.
+        let _ = write!(text, "\n{NEGATIVE_PROMPT} {negative_prompt}");
+    }
+    let (sampler, schedule_type) = sampler(spec.noise_scheduler());
+    let mut model_hash = weights_sha256.to_string();
+    model_hash.truncate(MODEL_HASH_DIGITS);
+    let parameters = [
+        ("Steps", Some(spec.num_inference_steps().to_string())),
+        ("Sampler", Some(sampler.to_owned())),
+        ("Schedule type", schedule_type.map(str::to_owned)),
+        ("CFG scale", Some(spec.guidance_scale().to_string())),
+        ("Seed", Some(spec.seed().to_string())),
+        ("Size", Some(format!("{}x{}", spec.width(), spec.height()))),
+        ("Model hash", Some(model_hash)),
+        ("Model", Some(model_name.to_owned())),
+        // Readers take a missing RNG for the GPU's generator, which draws other noise from the same seed.
+        ("RNG", Some("CPU".to_owned())),
+        ("Version", Some(format!("darkroom {}", env!("CARGO_PKG_VERSION")))),
+    ];
+    let pairs = parameters.into_iter().filter_map(|(key, value)| Some(format!("{key}: {}", quoted(&value?))));
+    text + "\n" + &pairs.collect::<Vec<_>>().join(", ")
+}
+
+/// The names that readers know our noise schedulers by: sampler and schedule type.
+fn sampler(noise_scheduler: NoiseScheduler) -> (&'static str, Option<&'static str>) {
+    match noise_scheduler {
+        NoiseScheduler::Pndm => ("PLMS", None),
+        NoiseScheduler::Ddim => ("DDIM", None),
+        NoiseScheduler::Euler => ("Euler", None),
+        NoiseScheduler::EulerA => ("Euler a", None),
+        NoiseScheduler::Dpmpp2m => ("DPM++ 2M", None),
+        NoiseScheduler::Dpmpp2mKarras => ("DPM++ 2M", Some("Karras")),
+        NoiseScheduler::Unipc => ("UniPC", None),
+        NoiseScheduler::Lms => ("LMS", None),
+    }
+}
+
+/// A value with a comma, a colon or a line end is written as JSON, as the web UI does.
+fn quoted(value: &str) -> String {
+    if value.contains([',', ':', '\n']) {
+        serde_json::Value::from(value).to_string()
+    } else {
+        value.to_owned()
+    }
+}
+
+/// The prompt, with no line that a reader would take for the start of the negative prompt, in the line ends and
+/// without the outer blanks that readers drop.
+fn sanitized(prompt: &str) -> String {
+    let prompt = prompt.replace("\r\n", "\n").replace('\r', "\n");
+    // Python's `strip`, which readers use, takes some control characters for blanks.
+    let blank = |character: char| character.is_whitespace() || character.is_control();
+    let lines = prompt.trim_matches(blank).split('\n').map(|line| {
+        match line.trim_start_matches(blank).strip_prefix(NEGATIVE_PROMPT) {
+            Some(rest) => format!("Negative prompt :{rest}"),
+            None => line.to_owned(),
+        }
+    });
+    lines.collect::<Vec<_>>().join("\n")
+}

@@ -1,0 +1,89 @@
+//! A pipeline without a model: one plain color per seed, at a settable speed.
+//!
+//! It is a real choice (`--pipeline solid-color`): fleet tests and load tests run the shipped binary with it, and an
+//! operator can try a queue, a bucket and a catalog without weights or a GPU. It takes as many denoising steps as its
+//! jobs ask for, spreads its time over them, and obeys every verdict as a model does.
+
+use std::time::{Duration, Instant};
+
+use schema::{Sha256Digest, ValidJobSpec};
+
+use crate::control::{Control, Verdict};
+use crate::pipeline::{
+    Generated, GeneratedImage, PictureOutcome, Pipeline, PipelineError, PipelineIdentity, StageTimes,
+};
+
+/// The pipeline's name in settings, rows and logs.
+pub const NAME: &str = "solid-color";
+
+/// See the module.
+#[derive(Debug)]
+pub struct SolidColorPipeline {
+    identity: PipelineIdentity,
+    time_per_picture: Duration,
+}
+
+impl SolidColorPipeline {
+    /// A pipeline that takes this long for each picture of a call.
+    pub fn new(time_per_picture: Duration) -> Self {
+        let identity = PipelineIdentity {
+            name: NAME.to_owned(),
+            device: "cpu".to_owned(),
+            dtype: "f32".to_owned(),
+            noise_dtype: "f32".to_owned(),
+        };
+        Self { identity, time_per_picture }
+    }
+}
+
+impl Pipeline for SolidColorPipeline {
+    fn identity(&self) -> &PipelineIdentity {
+        &self.identity
+    }
+
+    fn generate(
+        &mut self,
+        specs: &[&ValidJobSpec],
+        control: &mut Control,
+    ) -> Result<Generated, PipelineError> {
+        let started = Instant::now();
+        let num_steps = specs.iter().map(|spec| spec.num_inference_steps()).max().unwrap_or(1);
+        let batch_size = u32::try_from(specs.len()).unwrap_or(u32::MAX);
+        let step = self.time_per_picture * batch_size / num_steps;
+        let mut lost = vec![false; specs.len()];
+        for steps_done in 1..=num_steps {
+            control.wait(step);
+            match control.after_step(steps_done as usize, num_steps as usize) {
+                Verdict::Continue { lost: now_lost } => lost.copy_from_slice(now_lost),
+                Verdict::Stop => {
+                    let pictures = specs.iter().map(|_| PictureOutcome::Dropped).collect();
+                    return Ok(Generated { pictures, times: times(started) });
+                }
+            }
+        }
+        let pictures = specs.iter().zip(lost).map(|(spec, lost)| {
+            if lost { PictureOutcome::Dropped } else { PictureOutcome::Finished(plain(spec)) }
+        });
+        Ok(Generated { pictures: pictures.collect(), times: times(started) })
+    }
+}
+
+fn times(started: Instant) -> StageTimes {
+    StageTimes { denoise: started.elapsed(), ..StageTimes::default() }
+}
+
+/// The plain picture of a spec. Its color is a digest of the seed, so that neighboring seeds look different.
+fn plain(spec: &ValidJobSpec) -> GeneratedImage {
+    let digest = Sha256Digest::of(&spec.seed().to_be_bytes());
+    let [red, green, blue, ..] = *digest.as_bytes();
+    let pixels = spec.width() as usize * spec.height() as usize;
+    GeneratedImage {
+        width: spec.width(),
+        height: spec.height(),
+        rgb: [red, green, blue].repeat(pixels),
+        has_nsfw_concept: None,
+        concept_scores: Vec::new(),
+        special_care_scores: Vec::new(),
+        prompt_truncated: false,
+    }
+}

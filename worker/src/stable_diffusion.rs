@@ -1,0 +1,220 @@
+//! The model behind the [`Pipeline`] wall: job specs to the model code's requests, and its answers back.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use schema::{NoiseScheduler, ValidJobSpec};
+
+use crate::control::{Control, Verdict};
+use crate::diffusion::pipeline_stable_diffusion::{NoiseKind, StageSeconds};
+use crate::diffusion::rng::RngError;
+use crate::diffusion::schedulers::SchedulerError;
+use crate::diffusion::{
+    self, ComputeDevice, ComputeDtype, GenerationParameters, ImageError, ImageRequest, LoadOptions,
+    SchedulerKind, StepControl, StepProgress,
+};
+use crate::pipeline::{
+    Generated, GeneratedImage, PictureOutcome, Pipeline, PipelineError, PipelineIdentity, StageTimes,
+};
+
+/// The pipeline's name in settings, rows and logs.
+pub const NAME: &str = "stable-diffusion";
+
+/// What libtorch says when memory is short: on a GPU, in cuBLAS or cuDNN, on the CPU.
+const OUT_OF_MEMORY: [&str; 4] =
+    ["out of memory", "STATUS_ALLOC_FAILED", "can't allocate memory", "not enough memory"];
+/// What it says when a GPU or its driver failed; the process's CUDA context is lost then.
+const DEVICE_FAILED: [&str; 3] = ["CUDA error", "STATUS_EXECUTION_FAILED", "STATUS_INTERNAL_ERROR"];
+
+/// A Stable Diffusion v1 checkpoint, loaded.
+#[derive(Debug)]
+pub struct StableDiffusionPipeline {
+    model: diffusion::StableDiffusionPipeline,
+    identity: PipelineIdentity,
+}
+
+impl StableDiffusionPipeline {
+    /// Loads a checkpoint's folder. To be called before anything else uses libtorch, on the thread that will own it.
+    pub fn load(folder: &Path, device: ComputeDevice, dtype: ComputeDtype) -> Result<Self, PipelineError> {
+        device.open().map_err(|error| PipelineError::Device { source: Arc::new(error) })?;
+        let options = LoadOptions { device, dtype };
+        let model = diffusion::StableDiffusionPipeline::from_pretrained(folder, &options)
+            .map_err(|error| PipelineError::Input { source: Arc::new(error) })?;
+        let identity = PipelineIdentity {
+            name: NAME.to_owned(),
+            device: device.to_string(),
+            dtype: dtype.to_string(),
+            noise_dtype: NoiseKind::of(dtype).to_string(),
+        };
+        Ok(Self { model, identity })
+    }
+}
+
+impl Pipeline for StableDiffusionPipeline {
+    fn identity(&self) -> &PipelineIdentity {
+        &self.identity
+    }
+
+    fn generate(
+        &mut self,
+        specs: &[&ValidJobSpec],
+        control: &mut Control,
+    ) -> Result<Generated, PipelineError> {
+        let requests: Vec<ImageRequest> = specs.iter().map(|spec| request(spec)).collect();
+        let generation = self.model.generate(&requests, &parameters(specs[0]), &mut |progress| {
+            step_control(progress, control.after_step(progress.step_index + 1, progress.num_steps))
+        });
+        match generation {
+            Ok(generation) => {
+                let pictures = generation.images.into_iter().map(outcome).collect();
+                Ok(Generated { pictures, times: times(generation.seconds) })
+            }
+            Err(diffusion::PipelineError::Stopped { .. }) => {
+                let pictures = specs.iter().map(|_| PictureOutcome::Dropped).collect();
+                Ok(Generated { pictures, times: StageTimes::default() })
+            }
+            Err(error) => Err(classify(error, specs.len())),
+        }
+    }
+}
+
+fn request(spec: &ValidJobSpec) -> ImageRequest {
+    ImageRequest {
+        prompt: spec.prompt().to_owned(),
+        negative_prompt: spec.negative_prompt().to_owned(),
+        seed: spec.seed().into(),
+        guidance_scale: spec.guidance_scale().into(),
+    }
+}
+
+fn parameters(spec: &ValidJobSpec) -> GenerationParameters {
+    GenerationParameters {
+        width: spec.width(),
+        height: spec.height(),
+        num_inference_steps: spec.num_inference_steps() as usize,
+        scheduler: scheduler_kind(spec.noise_scheduler()),
+        noise: None,
+    }
+}
+
+/// The catalog's word for a noise scheduler as the model code's.
+fn scheduler_kind(noise_scheduler: NoiseScheduler) -> SchedulerKind {
+    match noise_scheduler {
+        NoiseScheduler::Pndm => SchedulerKind::Pndm,
+        NoiseScheduler::Ddim => SchedulerKind::Ddim,
+        NoiseScheduler::Euler => SchedulerKind::Euler,
+        NoiseScheduler::EulerA => SchedulerKind::EulerA,
+        NoiseScheduler::Dpmpp2m => SchedulerKind::Dpmpp2m,
+        NoiseScheduler::Dpmpp2mKarras => SchedulerKind::Dpmpp2mKarras,
+        NoiseScheduler::Unipc => SchedulerKind::Unipc,
+        NoiseScheduler::Lms => SchedulerKind::Lms,
+    }
+}
+
+/// The verdict in the model code's words: only pictures that still take steps can be dropped.
+fn step_control(progress: &StepProgress<'_>, verdict: Verdict<'_>) -> StepControl {
+    match verdict {
+        Verdict::Stop => StepControl::Stop,
+        Verdict::Continue { lost } => {
+            let dropped: Vec<usize> = progress.active.iter().copied().filter(|index| lost[*index]).collect();
+            if dropped.is_empty() { StepControl::Continue } else { StepControl::Drop(dropped) }
+        }
+    }
+}
+
+fn outcome(image: Result<diffusion::GeneratedImage, ImageError>) -> PictureOutcome {
+    match image {
+        Ok(image) => {
+            let safety = image.safety;
+            PictureOutcome::Finished(GeneratedImage {
+                width: image.width,
+                height: image.height,
+                rgb: image.pixels,
+                has_nsfw_concept: safety.as_ref().map(|verdict| verdict.has_nsfw_concept),
+                concept_scores: safety
+                    .as_ref()
+                    .map(|verdict| verdict.concept_scores.clone())
+                    .unwrap_or_default(),
+                special_care_scores: safety.map(|verdict| verdict.special_care_scores).unwrap_or_default(),
+                prompt_truncated: image.truncated_prompt.is_some(),
+            })
+        }
+        Err(ImageError::Dropped { .. }) => PictureOutcome::Dropped,
+        Err(ImageError::NonFinite { stage }) => {
+            PictureOutcome::Failed(PipelineError::NonFinite { tensor: stage.to_string() })
+        }
+    }
+}
+
+/// Sorts a failed call by what can be done about it.
+fn classify(error: diffusion::PipelineError, batch_size: usize) -> PipelineError {
+    use diffusion::PipelineError as E;
+    let message = match &error {
+        E::Inputs { .. } | E::Scheduler(SchedulerError::NumInferenceSteps { .. }) => {
+            return PipelineError::Input { source: Arc::new(error) };
+        }
+        E::Tensor(error)
+        | E::Scheduler(SchedulerError::Tensor(error))
+        | E::Noise(RngError::Tensor(error)) => error.to_string(),
+        _ => return PipelineError::Bug { source: Arc::new(error) },
+    };
+    // libtorch has types for these, but tch passes their texts alone.
+    let says = |texts: &[&str]| texts.iter().any(|text| message.contains(text));
+    if says(&OUT_OF_MEMORY) {
+        PipelineError::OutOfMemory { batch_size, source: Arc::new(error) }
+    } else if says(&DEVICE_FAILED) {
+        PipelineError::Device { source: Arc::new(error) }
+    } else {
+        PipelineError::Bug { source: Arc::new(error) }
+    }
+}
+
+fn times(seconds: StageSeconds) -> StageTimes {
+    StageTimes {
+        text_encoder: Duration::from_secs_f64(seconds.text_encoder),
+        denoise: Duration::from_secs_f64(seconds.denoise),
+        vae: Duration::from_secs_f64(seconds.vae_decode),
+        safety: Duration::from_secs_f64(seconds.safety_checker),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tch::TchError;
+
+    fn class_of(message: &str) -> PipelineError {
+        classify(TchError::Torch(message.to_owned()).into(), 8)
+    }
+
+    #[test]
+    fn libtorch_texts_are_sorted_by_what_can_be_done() {
+        let out_of_memory =
+            "CUDA out of memory. Tried to allocate 2.00 GiB (GPU 0; 139.8 GiB total capacity)";
+        assert!(matches!(class_of(out_of_memory), PipelineError::OutOfMemory { batch_size: 8, .. }));
+        // The runtime's own text has both phrases, and memory is what can be helped.
+        assert!(matches!(class_of("CUDA error: out of memory"), PipelineError::OutOfMemory { .. }));
+        let cpu = "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried";
+        assert!(matches!(class_of(cpu), PipelineError::OutOfMemory { .. }));
+        assert!(class_of("CUDA error: an illegal memory access was encountered").is_poisonous());
+        assert!(matches!(class_of("mat1 and mat2 shapes cannot be multiplied"), PipelineError::Bug { .. }));
+    }
+
+    #[test]
+    fn the_two_vocabularies_agree() {
+        for &noise_scheduler in NoiseScheduler::ALL {
+            assert_eq!(scheduler_kind(noise_scheduler).as_str(), noise_scheduler.as_str());
+        }
+    }
+
+    #[test]
+    fn only_pictures_that_still_take_steps_are_dropped() {
+        let progress = StepProgress { step_index: 0, num_steps: 2, active: &[0, 2], latents: &[] };
+        let verdict = Verdict::Continue { lost: &[false, true, true] };
+        assert_eq!(step_control(&progress, verdict), StepControl::Drop(vec![2]));
+        let verdict = Verdict::Continue { lost: &[false, true, false] };
+        assert_eq!(step_control(&progress, verdict), StepControl::Continue);
+        assert_eq!(step_control(&progress, Verdict::Stop), StepControl::Stop);
+    }
+}

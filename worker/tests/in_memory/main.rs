@@ -1,0 +1,12 @@
+//! The whole path of a job against walls made of memory: which order things happen in, and what a lost lease, a cancellation, a
+//! failing server, a broken pipeline and a shutdown leave behind. No servers, no sleeping: tests wait for events.
+
+mod catalog;
+mod drain;
+mod failures;
+mod leases;
+mod order;
+mod pipelines;
+mod queue;
+mod store;
+mod worker_under_test;
