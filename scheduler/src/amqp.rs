@@ -14,7 +14,9 @@ use lapin::options::{
 use lapin::protocol::{AMQPErrorKind, AMQPSoftError};
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::uri::AMQPUri;
-use lapin::{BasicProperties, Channel, Confirmation, Connection, ConnectionProperties, ErrorKind, Event, ExchangeKind};
+use lapin::{
+    BasicProperties, Channel, Confirmation, Connection, ConnectionProperties, ErrorKind, Event, ExchangeKind,
+};
 use rand::RngExt;
 use schema::{QueueArgument, QueueDeclaration, TRACEPARENT_HEADER, dead_letter_exchange, dead_letter_queue};
 use secrecy::{ExposeSecret, SecretString};
@@ -120,7 +122,11 @@ impl Queue for AmqpQueue {
         link.report_if_broken(declared.await)
     }
 
-    async fn publish(&self, name: &str, messages: &[OutgoingMessage]) -> Result<Vec<PublishOutcome>, QueueError> {
+    async fn publish(
+        &self,
+        name: &str,
+        messages: &[OutgoingMessage],
+    ) -> Result<Vec<PublishOutcome>, QueueError> {
         let link = self.link()?;
         if link.connection.status().blocked() {
             return Err(QueueError::Blocked);
@@ -160,7 +166,10 @@ impl Queue for AmqpQueue {
         let unknown = outcomes.iter().filter(|&&outcome| outcome == PublishOutcome::Unknown).count();
         if unknown > 0 {
             let blocked = link.connection.status().blocked();
-            warn!(queue.name = name, unknown, blocked, "The broker did not say what became of {unknown} messages");
+            warn!(
+                queue.name = name,
+                unknown, blocked, "The broker did not say what became of {unknown} messages"
+            );
             // A blocked broker will answer when it has room; any other silence is a connection to replace.
             if !blocked {
                 link.broken.notify_one();
@@ -208,7 +217,7 @@ pub async fn answers(url: &SecretString) -> bool {
             true
         }
         Err(error) => {
-            debug!(error = format!("{:#}", anyhow::Error::from(error)), "The broker does not answer yet");
+            debug!(error = error.to_string(), "The broker does not answer yet");
             false
         }
     }
@@ -241,7 +250,7 @@ async fn supervise(uri: AMQPUri, sender: watch::Sender<Option<Arc<Link>>>, shutd
                 }
             }
             Err(error) => {
-                let error = format!("{:#}", anyhow::Error::from(error));
+                let error = error.to_string();
                 warn!(error, "Cannot connect to the broker; trying again within {backoff:?}");
             }
         }
@@ -268,6 +277,8 @@ async fn link_lost(link: &Link) -> String {
         tokio::select! {
             event = events.next() => match event {
                 None => return "the connection ended".to_owned(),
+                // A question about a queue that is not there closes its own channel and nothing else.
+                Some(Event::Error(error)) if error.is_amqp_soft_error() => {}
                 Some(Event::Error(error)) => return error.to_string(),
                 Some(Event::ConnectionBlocked(reason)) => warn!(reason, "The broker blocks publishers"),
                 Some(Event::ConnectionUnblocked) => info!("The broker takes messages again"),
@@ -294,7 +305,7 @@ async fn connect(uri: &AMQPUri) -> Result<Link, QueueError> {
 async fn close(link: &Link) {
     let goodbye = answer("close", link.connection.close(200, "OK".into()));
     if let Err(error) = goodbye.await {
-        debug!(error = format!("{:#}", anyhow::Error::from(error)), "The broker connection did not close in order");
+        debug!(error = error.to_string(), "The broker connection did not close in order");
     }
 }
 
@@ -303,7 +314,7 @@ fn parse(url: &SecretString) -> Result<AMQPUri, QueueError> {
     let mut uri: AMQPUri = url
         .expose_secret()
         .parse()
-        .map_err(|error: String| QueueError::Failed { what: "read AMQP_URL", source: error.into() })?;
+        .map_err(|error: String| QueueError::Failed { what: "read AMQP_URL", reason: error })?;
     uri.query.heartbeat.get_or_insert(HEARTBEAT_SECONDS);
     Ok(uri)
 }
@@ -322,8 +333,9 @@ async fn declare_queue(channel: &Channel, declaration: &QueueDeclaration) -> lap
 }
 
 fn properties(message: &OutgoingMessage) -> BasicProperties {
-    let properties =
-        BasicProperties::default().with_delivery_mode(PERSISTENT).with_content_type("application/json".into());
+    let properties = BasicProperties::default()
+        .with_delivery_mode(PERSISTENT)
+        .with_content_type("application/json".into());
     let Some(traceparent) = &message.traceparent else { return properties };
     let mut headers = FieldTable::default();
     headers.insert(TRACEPARENT_HEADER.into(), AMQPValue::LongString(traceparent.as_str().into()));
@@ -335,7 +347,10 @@ fn is_not_found(error: &lapin::Error) -> bool {
     *error.kind() == AMQPErrorKind::Soft(AMQPSoftError::NOTFOUND)
 }
 
-async fn answer<T>(what: &'static str, question: impl Future<Output = lapin::Result<T>>) -> Result<T, QueueError> {
+async fn answer<T>(
+    what: &'static str,
+    question: impl Future<Output = lapin::Result<T>>,
+) -> Result<T, QueueError> {
     within(ANSWER_LIMIT, what, question).await
 }
 
@@ -346,7 +361,7 @@ async fn within<T>(
 ) -> Result<T, QueueError> {
     match time::timeout(limit, question).await {
         Ok(Ok(answer)) => Ok(answer),
-        Ok(Err(source)) => Err(QueueError::Failed { what, source: Box::new(source) }),
+        Ok(Err(error)) => Err(QueueError::Failed { what, reason: error.to_string() }),
         Err(_) => Err(QueueError::TimedOut { what, seconds: limit.as_secs() }),
     }
 }

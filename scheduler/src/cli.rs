@@ -287,7 +287,9 @@ mod tests {
     fn settings_stay_few() {
         let mut settings = std::collections::BTreeSet::new();
         fn collect(command: &clap::Command, settings: &mut std::collections::BTreeSet<OsString>) {
-            settings.extend(command.get_arguments().filter_map(|argument| argument.get_env()).map(OsString::from));
+            settings.extend(
+                command.get_arguments().filter_map(|argument| argument.get_env()).map(OsString::from),
+            );
             command.get_subcommands().for_each(|command| collect(command, settings));
         }
         collect(&Cli::command(), &mut settings);
@@ -324,8 +326,11 @@ mod tests {
 
     #[test]
     fn the_workers_arguments_follow_two_dashes() {
-        let line = "darkroom up --model demo --model other --workers 2 -- --pipeline solid-color --device cuda:0";
-        let Command::Up(up) = Cli::try_parse_from(line.split_whitespace()).unwrap().command else { panic!("not up") };
+        let line =
+            "darkroom up --model demo --model other --workers 2 -- --pipeline solid-color --device cuda:0";
+        let Command::Up(up) = Cli::try_parse_from(line.split_whitespace()).unwrap().command else {
+            panic!("not up")
+        };
         assert_eq!(up.models.len(), 2);
         assert_eq!(up.worker_arguments, ["--pipeline", "solid-color", "--device", "cuda:0"]);
     }

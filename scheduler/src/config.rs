@@ -20,13 +20,25 @@ pub struct GlobalArgs {
     pub data_dir: Option<PathBuf>,
 
     /// PostgreSQL, as postgres://USER:PASSWORD@HOST:PORT/DATABASE. By default the local stack's.
-    #[arg(long, env = "DATABASE_URL", hide_env_values = true, global = true, value_name = "URL",
-          help_heading = "Connections")]
+    #[arg(
+        long,
+        env = "DATABASE_URL",
+        hide_env_values = true,
+        global = true,
+        value_name = "URL",
+        help_heading = "Connections"
+    )]
     pub database_url: Option<SecretString>,
 
-    /// RabbitMQ, as amqp[s]://USER:PASSWORD@HOST:PORT/VHOST. By default the local stack's.
-    #[arg(long, env = "AMQP_URL", hide_env_values = true, global = true, value_name = "URL",
-          help_heading = "Connections")]
+    /// RabbitMQ, as amqp:// or amqps://USER:PASSWORD@HOST:PORT/VHOST. By default the local stack's.
+    #[arg(
+        long,
+        env = "AMQP_URL",
+        hide_env_values = true,
+        global = true,
+        value_name = "URL",
+        help_heading = "Connections"
+    )]
     pub amqp_url: Option<SecretString>,
 
     /// Bucket for the pictures. If set, the standard AWS variables (AWS_ENDPOINT_URL, AWS_REGION, AWS_PROFILE,
@@ -41,8 +53,14 @@ pub struct GlobalArgs {
     pub log: Option<String>,
 
     /// How log lines look: `pretty` for people, `json` for machines. They go to standard error.
-    #[arg(long, env = "DARKROOM_LOG_FORMAT", global = true, default_value = "pretty", value_name = "FORMAT",
-          help_heading = "Output")]
+    #[arg(
+        long,
+        env = "DARKROOM_LOG_FORMAT",
+        global = true,
+        default_value = "pretty",
+        value_name = "FORMAT",
+        help_heading = "Output"
+    )]
     pub log_format: LogFormat,
 
     /// Print data as JSON on standard output, one document a line.
@@ -105,7 +123,8 @@ impl Settings {
     pub fn resolve(arguments: GlobalArgs) -> Result<Self> {
         let data_dir = data_dir::locate(arguments.data_dir.as_deref())?;
         // The file of a stack that nothing is asked from must not be in the way, even if it is unreadable.
-        let needs_it = arguments.database_url.is_none() || arguments.amqp_url.is_none() || arguments.s3_bucket.is_none();
+        let needs_it =
+            arguments.database_url.is_none() || arguments.amqp_url.is_none() || arguments.s3_bucket.is_none();
         let local_stack = if needs_it { Endpoints::read(&data_dir::env_file(&data_dir))? } else { None };
         Ok(Self { arguments, data_dir, local_stack })
     }
@@ -121,7 +140,12 @@ impl Settings {
     /// If neither a setting nor a local stack tells it.
     pub fn database_url(&self) -> Result<SecretString> {
         let local = self.local_stack.as_ref().map(|endpoints| &endpoints.database_url);
-        self.arguments.database_url.as_ref().or(local).cloned().with_context(|| self.nothing_tells("DATABASE_URL"))
+        self.arguments
+            .database_url
+            .as_ref()
+            .or(local)
+            .cloned()
+            .with_context(|| self.nothing_tells("DATABASE_URL"))
     }
 
     /// RabbitMQ's URL.
@@ -141,7 +165,10 @@ impl Settings {
         if let Some(bucket) = &self.arguments.s3_bucket {
             let is_set = |name| std::env::var_os(name).is_some_and(|value| !value.is_empty());
             let custom_endpoint = is_set("AWS_ENDPOINT_URL") || is_set("AWS_ENDPOINT_URL_S3");
-            return Ok(S3Settings { bucket: bucket.clone(), access: S3Access::Environment { custom_endpoint } });
+            return Ok(S3Settings {
+                bucket: bucket.clone(),
+                access: S3Access::Environment { custom_endpoint },
+            });
         }
         let local = self.local_stack.as_ref().with_context(|| self.nothing_tells("S3_BUCKET"))?;
         Ok(S3Settings {
@@ -201,7 +228,10 @@ mod tests {
         let settings = Settings::resolve(arguments(folder.path())).unwrap();
         let error = settings.amqp_url().unwrap_err().to_string();
         let error = error.replace(&folder.path().display().to_string(), "DIR");
-        insta::assert_snapshot!(error, @"");
+        insta::assert_snapshot!(error, @"
+        AMQP_URL is not set, and no local stack runs with its data in DIR
+        hint: start one with `darkroom up`, or set AMQP_URL
+        ");
     }
 
     #[test]

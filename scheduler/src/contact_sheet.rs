@@ -96,7 +96,13 @@ pub fn draw(title: &str, tiles: &[Tile]) -> Result<RgbImage> {
                 fill(&mut sheet, place.x, place.y, TILE, TILE, EMPTY);
                 let label = tile.verdict.as_str();
                 let x = place.x + (TILE.saturating_sub(lettering::width_of(label))) / 2;
-                lettering::write(&mut sheet, x, place.y + (TILE - LINE_HEIGHT) / 2, label, tile.verdict.ink());
+                lettering::write(
+                    &mut sheet,
+                    x,
+                    place.y + (TILE - LINE_HEIGHT) / 2,
+                    label,
+                    tile.verdict.ink(),
+                );
             }
         }
         let mut y = place.y + TILE + MARGIN / 2;
@@ -116,7 +122,8 @@ pub fn draw(title: &str, tiles: &[Tile]) -> Result<RgbImage> {
 /// Puts the picture in the file `path` into the middle of the square tile at (`x`, `y`), as large as fits.
 fn paste(sheet: &mut RgbImage, path: &std::path::Path, x: u32, y: u32) -> Result<()> {
     let context = || format!("cannot read the picture {}", path.display());
-    let mut reader = ImageReader::open(path).with_context(context)?.with_guessed_format().with_context(context)?;
+    let mut reader =
+        ImageReader::open(path).with_context(context)?.with_guessed_format().with_context(context)?;
     let mut limits = Limits::default();
     limits.max_image_width = Some(MAX_PICTURE_SIDE);
     limits.max_image_height = Some(MAX_PICTURE_SIDE);
@@ -162,7 +169,9 @@ mod tests {
         assert_eq!(*sheet.get_pixel(withheld.x, withheld.y), EMPTY);
         let label = Verdict::Withheld.ink().color;
         let is_lettered = (0..TILE).flat_map(|x| (0..TILE).map(move |y| (x, y)));
-        assert!(is_lettered.into_iter().any(|(x, y)| *sheet.get_pixel(withheld.x + x, withheld.y + y) == label));
+        assert!(
+            is_lettered.into_iter().any(|(x, y)| *sheet.get_pixel(withheld.x + x, withheld.y + y) == label)
+        );
     }
 
     #[test]

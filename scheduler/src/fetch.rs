@@ -123,7 +123,11 @@ fn check(bytes: &[u8], object: &StoredObject) -> Result<()> {
         bytes.len()
     );
     let found = Sha256Digest::of(bytes);
-    ensure!(found == object.sha256, "the object {key} has to have the SHA-256 {}, but has {found}", object.sha256);
+    ensure!(
+        found == object.sha256,
+        "the object {key} has to have the SHA-256 {}, but has {found}",
+        object.sha256
+    );
     Ok(())
 }
 

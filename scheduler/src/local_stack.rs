@@ -105,7 +105,7 @@ impl LocalStack {
     ///
     /// # Errors
     /// If a server is not installed or does not come up; those that did are killed again.
-    pub async fn start(data_dir: DataDir, mut ready: impl FnMut(ServerReady)) -> Result<Self> {
+    pub async fn start(data_dir: DataDir, ready: impl Fn(ServerReady)) -> Result<Self> {
         let children = ChildrenFile::new(data_dir.children());
         for name in children.clear_away_stale(STOP_GRACE).await? {
             warn!(server = name, "Ended {name}, which an earlier run had left");
@@ -132,20 +132,19 @@ impl LocalStack {
         let start_postgres = async {
             let started = Instant::now();
             postgres_program.initialize(&credentials).await?;
-            let (process, _) = postgres_program.start(&children).await?;
-            anyhow::Ok((process, started.elapsed()))
+            let process = postgres_program.start(&children).await?;
+            ready(ServerReady { name: "PostgreSQL", port: ports.postgres, took: started.elapsed() });
+            anyhow::Ok(process)
         };
         let start_rabbitmq = async {
             let started = Instant::now();
             rabbitmq_program.configure(&credentials)?;
             let port_mapper = rabbitmq_program.start_port_mapper(&children).await?;
-            let (process, _) = rabbitmq_program.start(&endpoints.amqp_url, &children).await?;
-            anyhow::Ok((port_mapper, process, started.elapsed()))
+            let process = rabbitmq_program.start(&endpoints.amqp_url, &children).await?;
+            ready(ServerReady { name: "RabbitMQ", port: ports.amqp, took: started.elapsed() });
+            anyhow::Ok((port_mapper, process))
         };
-        let ((postgres, postgres_took), (port_mapper, rabbitmq, rabbitmq_took)) =
-            tokio::try_join!(start_postgres, start_rabbitmq)?;
-        ready(ServerReady { name: "PostgreSQL", port: ports.postgres, took: postgres_took });
-        ready(ServerReady { name: "RabbitMQ", port: ports.amqp, took: rabbitmq_took });
+        let (postgres, (port_mapper, rabbitmq)) = tokio::try_join!(start_postgres, start_rabbitmq)?;
         Ok(Self {
             data_dir,
             ports,
@@ -223,13 +222,13 @@ impl LocalStack {
             warn!(server = name, status, "{name} ended; starting it again");
             self.note_restart(name)?;
             match server {
-                Ended::Postgres => self.postgres = self.postgres_program.start(&self.children).await?.0,
+                Ended::Postgres => self.postgres = self.postgres_program.start(&self.children).await?,
                 Ended::PortMapper => {
                     self.port_mapper = self.rabbitmq_program.start_port_mapper(&self.children).await?;
                 }
                 Ended::RabbitMq => {
                     let url = &self.endpoints.amqp_url;
-                    self.rabbitmq = self.rabbitmq_program.start(url, &self.children).await?.0;
+                    self.rabbitmq = self.rabbitmq_program.start(url, &self.children).await?;
                 }
                 Ended::S3 => {
                     self.s3 =

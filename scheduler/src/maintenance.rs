@@ -138,9 +138,13 @@ async fn repeat<R: Reconciler>(
             }
             Ok(()) => {}
             // The supervisor of the broker connection has told of it already.
-            Err(error) if is_known_outage(&error) => debug!(reconciler = name, "The {name} waits for the broker"),
+            Err(error) if is_known_outage(&error) => {
+                debug!(reconciler = name, "The {name} waits for the broker")
+            }
             // Once an outage, not once a second.
-            Err(error) if failing => debug!(reconciler = name, error = format!("{error:#}"), "The {name} still fails"),
+            Err(error) if failing => {
+                debug!(reconciler = name, error = format!("{error:#}"), "The {name} still fails")
+            }
             Err(error) => {
                 warn!(reconciler = name, error = format!("{error:#}"), "The {name} failed; trying again");
                 failing = true;
@@ -160,16 +164,24 @@ async fn listen(catalog: PgCatalog, jobs_available: Arc<Notify>, shutdown: Cance
             match catalog.listen().await {
                 Ok(mut listener) => loop {
                     match listener.next().await {
-                        Ok(CatalogNotice::JobsAvailable | CatalogNotice::Reconnected) => jobs_available.notify_one(),
+                        Ok(CatalogNotice::JobsAvailable | CatalogNotice::Reconnected) => {
+                            jobs_available.notify_one()
+                        }
                         Ok(_) => {}
                         Err(error) => {
-                            debug!(error = format!("{:#}", anyhow::Error::from(error)), "Lost the catalog's notices");
+                            debug!(
+                                error = format!("{:#}", anyhow::Error::from(error)),
+                                "Lost the catalog's notices"
+                            );
                             break;
                         }
                     }
                 },
                 Err(error) => {
-                    debug!(error = format!("{:#}", anyhow::Error::from(error)), "Cannot listen to the catalog");
+                    debug!(
+                        error = format!("{:#}", anyhow::Error::from(error)),
+                        "Cannot listen to the catalog"
+                    );
                 }
             }
             time::sleep(LISTEN_AGAIN).await;

@@ -19,7 +19,8 @@ const OPTIONAL: [&str; 2] = ["safety_checker", "feature_extractor"];
 /// Files that a worker reads. Pickles (`.bin`, `.ckpt`) are programs, so they are neither read nor registered.
 const READ: [&str; 3] = ["safetensors", "json", "txt"];
 /// Licence texts are looked for under these names.
-const LICENCE_NAMES: [&str; 6] = ["LICENSE", "LICENCE", "LICENSE.md", "LICENCE.md", "LICENSE.txt", "LICENCE.txt"];
+const LICENCE_NAMES: [&str; 6] =
+    ["LICENSE", "LICENCE", "LICENSE.md", "LICENCE.md", "LICENSE.txt", "LICENCE.txt"];
 
 /// What diffusers' scheduler classes are called here.
 const NOISE_SCHEDULERS: [(&str, NoiseScheduler); 7] = [
@@ -55,7 +56,8 @@ impl ModelFolder {
     /// # Errors
     /// If it is not a Stable Diffusion v1 pipeline in the diffusers layout, or something of it is missing.
     pub fn read(folder: &Path) -> Result<Self> {
-        let folder = folder.canonicalize().with_context(|| format!("there is no folder {}", folder.display()))?;
+        let folder =
+            folder.canonicalize().with_context(|| format!("there is no folder {}", folder.display()))?;
         let index = json(&folder.join("model_index.json")).context(
             "this is not a model in the diffusers layout, which has a model_index.json beside the folders unet, vae, \
              text_encoder, tokenizer and scheduler",
@@ -65,15 +67,19 @@ impl ModelFolder {
             class == "StableDiffusionPipeline",
             "the model's pipeline has to be StableDiffusionPipeline (Stable Diffusion v1), but model_index.json says {class:?}"
         );
-        let present = |name: &&str| index.get(*name).is_none_or(|entry| !is_null_entry(entry)) && folder.join(name).is_dir();
+        let present = |name: &&str| {
+            index.get(*name).is_none_or(|entry| !is_null_entry(entry)) && folder.join(name).is_dir()
+        };
         for name in REQUIRED {
             ensure!(present(&name), "the model has no {name}: {} is not there", folder.join(name).display());
         }
-        let components: Vec<&str> = REQUIRED.into_iter().chain(OPTIONAL.into_iter().filter(present)).collect();
+        let components: Vec<&str> =
+            REQUIRED.into_iter().chain(OPTIONAL.into_iter().filter(present)).collect();
         let files = files(&folder, &components)?;
         for name in WEIGHTED.into_iter().filter(|name| components.contains(name)) {
             let prefix = format!("{name}/");
-            let has_weights = files.iter().any(|(path, _)| path.starts_with(&prefix) && path.ends_with(".safetensors"));
+            let has_weights =
+                files.iter().any(|(path, _)| path.starts_with(&prefix) && path.ends_with(".safetensors"));
             ensure!(
                 has_weights,
                 "{} has no .safetensors file\nhint: pickled weights (.bin, .ckpt) are not read; convert them with diffusers' \
@@ -117,7 +123,11 @@ impl ModelFolder {
                 progress(read as u64);
             }
             let digest: [u8; 32] = hasher.finalize().into();
-            Ok(ModelComponent { path: path.clone(), sha256: Sha256Digest::from(digest), size_bytes: *size_bytes })
+            Ok(ModelComponent {
+                path: path.clone(),
+                sha256: Sha256Digest::from(digest),
+                size_bytes: *size_bytes,
+            })
         };
         self.files.iter().map(hash).collect()
     }
@@ -139,14 +149,18 @@ pub fn licence(file: Option<&Path>, folder: &Path) -> Result<(String, String)> {
     let bytes = fs::read(&file).with_context(|| format!("cannot read the licence {}", file.display()))?;
     let text = String::from_utf8(bytes).ok().filter(|text| !text.contains('\0'));
     let text = text.with_context(|| format!("the licence {} has to be UTF-8 text", file.display()))?;
-    let name = text.lines().map(|line| line.trim_matches(['#', '*', ' ', '\t', '\u{feff}'])).find(|line| !line.is_empty());
+    let name = text
+        .lines()
+        .map(|line| line.trim_matches(['#', '*', ' ', '\t', '\u{feff}']))
+        .find(|line| !line.is_empty());
     let name = name.with_context(|| format!("the licence {} is empty", file.display()))?;
     Ok((name.chars().take(100).collect(), text))
 }
 
 /// The files that count below `folder`: the index, and the components' own, not those of folders further down.
 fn files(folder: &Path, components: &[&str]) -> Result<Vec<(String, u64)>> {
-    let mut files = vec![("model_index.json".to_owned(), fs::metadata(folder.join("model_index.json"))?.len())];
+    let mut files =
+        vec![("model_index.json".to_owned(), fs::metadata(folder.join("model_index.json"))?.len())];
     for component in components {
         let context = || format!("cannot list {}", folder.join(component).display());
         for entry in fs::read_dir(folder.join(component)).with_context(context)? {
@@ -168,7 +182,8 @@ fn files(folder: &Path, components: &[&str]) -> Result<Vec<(String, u64)>> {
 fn default_size(folder: &Path) -> Result<(u32, u32)> {
     let path = folder.join("unet/config.json");
     let unet = json(&path)?;
-    let sample_size = unet.get("sample_size").with_context(|| format!("{} has no sample_size", path.display()))?;
+    let sample_size =
+        unet.get("sample_size").with_context(|| format!("{} has no sample_size", path.display()))?;
     let cells = match sample_size {
         Value::Number(side) => side.as_u64().map(|side| {
             let side = if is_before_0_9(&unet) && side < 64 { 64 } else { side };
@@ -187,10 +202,12 @@ fn default_size(folder: &Path) -> Result<(u32, u32)> {
     let path = folder.join("vae/config.json");
     let blocks = json(&path)?.get("block_out_channels").and_then(Value::as_array).map(Vec::len);
     let blocks = blocks.filter(|blocks| (1..=8).contains(blocks));
-    let blocks = blocks.with_context(|| format!("{} has no list of 1 to 8 block_out_channels", path.display()))?;
+    let blocks =
+        blocks.with_context(|| format!("{} has no list of 1 to 8 block_out_channels", path.display()))?;
     let vae_scale_factor = 1 << (blocks - 1);
     let pixels = |cells: u64| {
-        let side = cells.checked_mul(vae_scale_factor).and_then(|side| u32::try_from(side).ok()).unwrap_or(u32::MAX);
+        let side =
+            cells.checked_mul(vae_scale_factor).and_then(|side| u32::try_from(side).ok()).unwrap_or(u32::MAX);
         let allowed = (MIN_SIDE..=MAX_SIDE).contains(&side) && side.is_multiple_of(SIDE_STEP);
         ensure!(
             allowed,
@@ -217,7 +234,11 @@ fn noise_scheduler(path: &Path) -> Result<NoiseScheduler> {
     let known = NOISE_SCHEDULERS.iter().find(|(name, _)| *name == class);
     let (_, noise_scheduler) = known.with_context(|| {
         let names: Vec<_> = NOISE_SCHEDULERS.iter().map(|(name, _)| *name).collect();
-        format!("the model's noise scheduler has to be one of {}, but {} says {class:?}", names.join(", "), path.display())
+        format!(
+            "the model's noise scheduler has to be one of {}, but {} says {class:?}",
+            names.join(", "),
+            path.display()
+        )
     })?;
     let karras = config.get("use_karras_sigmas").and_then(Value::as_bool).unwrap_or(false);
     Ok(match noise_scheduler {

@@ -43,6 +43,9 @@ pub struct PromptFile {
     pub lines: Vec<PromptLine>,
     /// Everything that could not. With any fault, nothing may be submitted.
     pub faults: Vec<InputFault>,
+    /// Lines with a fault, as far as they could be read: their other fields have rules to keep too, and a person
+    /// wants to hear of everything at once.
+    pub faulty_lines: Vec<PromptLine>,
 }
 
 /// Two lines that ask for the same thing.
@@ -57,7 +60,8 @@ pub struct Repetition {
 impl PromptFormat {
     /// The format that the name's ending tells; text where it tells none, as for standard input.
     pub fn of_name(name: &Path) -> Self {
-        let extension = name.extension().and_then(|extension| extension.to_str()).map(str::to_ascii_lowercase);
+        let extension =
+            name.extension().and_then(|extension| extension.to_str()).map(str::to_ascii_lowercase);
         match extension.as_deref() {
             Some("csv") => Self::Csv,
             Some("jsonl" | "ndjson") => Self::Jsonl,
@@ -81,6 +85,19 @@ impl PromptFormat {
 }
 
 impl PromptFile {
+    /// Takes in what was read of a line.
+    fn push(&mut self, line: u32, spec: JobSpec, troubles: Vec<Trouble>) {
+        if troubles.is_empty() {
+            self.lines.push(PromptLine { line, spec });
+            return;
+        }
+        self.faults.extend(troubles.into_iter().map(|trouble| InputFault { line, trouble }));
+        // Without a prompt, the line is so far from a job that further faults would be noise.
+        if !spec.prompt.is_empty() {
+            self.faulty_lines.push(PromptLine { line, spec });
+        }
+    }
+
     /// Lines whose prompt and settings equal an earlier line's. Often a slip, never an error.
     pub fn repetitions(&self) -> Vec<Repetition> {
         let mut seen: HashMap<Sha256Digest, u32> = HashMap::new();

@@ -43,13 +43,12 @@ pub enum QueueError {
         seconds: u64,
     },
     /// The broker or the connection failed.
-    #[error("the broker failed ({what})")]
+    #[error("the broker failed ({what}): {reason}")]
     Failed {
         /// What it was asked.
         what: &'static str,
-        /// The protocol library's error.
-        #[source]
-        source: Box<dyn std::error::Error + Send + Sync>,
+        /// The protocol library's words. They repeat their causes, so the error itself would be told twice.
+        reason: String,
     },
 }
 

@@ -9,7 +9,9 @@ use std::future::Future;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use schema::{CatalogError, JobId, Model, ModelId, PgCatalog, PriorityBand, PublishableJob, QueueDeclaration, job_queue};
+use schema::{
+    CatalogError, JobId, Model, ModelId, PgCatalog, PriorityBand, PublishableJob, QueueDeclaration, job_queue,
+};
 use serde::Serialize;
 use tracing::{debug, info, warn};
 
@@ -118,7 +120,9 @@ impl Relay {
         for model in backlog.models().await? {
             for &band in PriorityBand::ALL {
                 let filled = self.fill(backlog, queue, &model, band, &mut report).await;
-                filled.with_context(|| format!("cannot fill the queue of model `{}`, band {band}", model.name))?;
+                filled.with_context(|| {
+                    format!("cannot fill the queue of model `{}`, band {band}", model.name)
+                })?;
             }
         }
         if report.published > 0 {
@@ -185,12 +189,19 @@ impl Relay {
         if returned > 0 {
             // Somebody deleted the queue, or the broker lost everything. The next run makes it again.
             self.declared.remove(&declaration.name);
-            warn!(queue.name = declaration.name, returned, "The queue {} is gone; making it again", declaration.name);
+            warn!(
+                queue.name = declaration.name,
+                returned, "The queue {} is gone; making it again", declaration.name
+            );
         }
         if refused > 0 {
-            warn!(queue.name = declaration.name, refused, "The queue {} refused {refused} messages", declaration.name);
+            warn!(
+                queue.name = declaration.name,
+                refused, "The queue {} refused {refused} messages", declaration.name
+            );
         }
-        let confirmed = jobs.iter().zip(&outcomes).filter(|&(_, &outcome)| outcome == PublishOutcome::Confirmed);
+        let confirmed =
+            jobs.iter().zip(&outcomes).filter(|&(_, &outcome)| outcome == PublishOutcome::Confirmed);
         Ok(confirmed.map(|(job, _)| job.job_id).collect())
     }
 
@@ -204,6 +215,7 @@ impl Relay {
 }
 
 #[cfg(test)]
+#[expect(missing_docs, reason = "the names of a test's stand-ins say what they do")]
 pub mod fakes;
 #[cfg(test)]
 mod tests;

@@ -38,7 +38,8 @@ pub async fn run_once(
                 continue;
             }
             let name = job_queue(&model.name, band).name;
-            let ready = queue.ready_count(&name).await.with_context(|| format!("cannot count the queue {name}"))?;
+            let ready =
+                queue.ready_count(&name).await.with_context(|| format!("cannot count the queue {name}"))?;
             let older_than = match ready {
                 Some(0) => older_than,
                 None => Duration::ZERO,
@@ -46,7 +47,10 @@ pub async fn run_once(
             };
             let lost = backlog.republish_if_unclaimed_for(model.model_id, band, older_than).await?;
             if lost > 0 {
-                warn!(queue.name = name, lost, "The broker lost {lost} messages of {name}; publishing them again");
+                warn!(
+                    queue.name = name,
+                    lost, "The broker lost {lost} messages of {name}; publishing them again"
+                );
             }
             report.unpublished += lost;
         }
@@ -68,7 +72,7 @@ mod tests {
         let queue = FakeQueue::default();
         queue.set_ready(Some(1));
         run_once(&backlog, &queue, LONG).await.unwrap();
-        assert_eq!(backlog.republished_after(), []);
+        assert!(backlog.republished_after().is_empty());
 
         queue.set_ready(Some(0));
         let report = run_once(&backlog, &queue, LONG).await.unwrap();

@@ -63,7 +63,10 @@ pub fn jobs(
             let seed = match first_seed {
                 // A first seed beyond the limit is told by its own rule.
                 Some(first) if index > 0 && first <= MAX_SEED && first + u64::from(index) > MAX_SEED => {
-                    faults.push(InputFault { line: *line, trouble: seeds_run_out(first, num_images_per_prompt) });
+                    faults.push(InputFault {
+                        line: *line,
+                        trouble: seeds_run_out(first, num_images_per_prompt),
+                    });
                     break;
                 }
                 Some(first) => Some(first.saturating_add(u64::from(index))),
@@ -72,7 +75,8 @@ pub fn jobs(
             match (JobSpec { seed, ..spec.clone() }).validate(defaults) {
                 Ok(spec) => jobs.push(NewJob { spec, source_line: Some(*line) }),
                 Err(found) => {
-                    let found = found.into_iter().map(|fault| InputFault { line: *line, trouble: fault.into() });
+                    let found =
+                        found.into_iter().map(|fault| InputFault { line: *line, trouble: fault.into() });
                     faults.extend(found);
                     // The further pictures of this prompt would only repeat it.
                     break;
@@ -133,7 +137,14 @@ mod tests {
         let jobs = jobs(&lines("prompt,steps\na,5\nb,\n"), &flags.over(defaults()), None, 1).unwrap();
         let told: Vec<_> = jobs
             .iter()
-            .map(|job| (job.spec.num_inference_steps(), job.spec.width(), job.spec.height(), job.spec.noise_scheduler()))
+            .map(|job| {
+                (
+                    job.spec.num_inference_steps(),
+                    job.spec.width(),
+                    job.spec.height(),
+                    job.spec.noise_scheduler(),
+                )
+            })
             .collect();
         assert_eq!(told, [(5, 256, 512, NoiseScheduler::Ddim), (9, 256, 512, NoiseScheduler::Ddim)]);
     }
@@ -143,6 +154,11 @@ mod tests {
         let lines = lines("prompt,width,steps,seed\na,500,0,\nb,,,4294967295\nc,,,4294967296\nd,64,,\n");
         let faults = jobs(&lines, &defaults(), None, 4).unwrap_err();
         let faults: Vec<_> = faults.iter().map(ToString::to_string).collect();
-        insta::assert_snapshot!(faults.join("\n"), @"");
+        insta::assert_snapshot!(faults.join("\n"), @"
+        2: `num_inference_steps` has to be a whole number from 1 to 999, but is 0
+        2: `width` has to be a multiple of 8, from 64 to 2048, but is 500
+        3: `seed` has to be at most 4294967292 for 4 pictures a prompt, but is 4294967295
+        4: `seed` has to be a whole number from 0 to 4294967295 (the noise generator keeps 32 bits), but is 4294967296
+        ");
     }
 }

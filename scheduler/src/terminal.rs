@@ -117,7 +117,11 @@ mod tests {
         let error = Err::<(), _>(anyhow!("no such model\nhint: list them"))
             .context("cannot submit\nhint: read the manual")
             .unwrap_err();
-        insta::assert_snapshot!(describe_error(&error), @"");
+        insta::assert_snapshot!(describe_error(&error), @"
+        error: cannot submit: no such model
+        hint: read the manual
+        hint: list them
+        ");
     }
 
     #[test]
@@ -128,8 +132,15 @@ mod tests {
 
     #[test]
     fn tables_have_no_trailing_blanks() {
-        let text = table(["name", "jobs"], [["a".to_owned(), "1".to_owned()], ["long name".to_owned(), String::new()]]);
-        insta::assert_snapshot!(text, @"");
+        let text = table(
+            ["name", "jobs"],
+            [["a".to_owned(), "1".to_owned()], ["long name".to_owned(), String::new()]],
+        );
+        insta::assert_snapshot!(text, @"
+        NAME       JOBS
+        a          1
+        long name
+        ");
         assert!(text.lines().all(|line| line.trim_end() == line));
     }
 }

@@ -91,19 +91,15 @@ word_enum! {
 
 word_enum! {
     /// How urgent a batch is. Each model has one queue per band.
+    #[derive(Default)]
     PriorityBand: "priority_band", "priority band" {
         /// Before everything else, without starving it.
         High = "high",
         /// What a batch gets when nobody says otherwise.
+        #[default]
         Normal = "normal",
         /// When there is room.
         Low = "low",
-    }
-}
-
-impl Default for PriorityBand {
-    fn default() -> Self {
-        Self::Normal
     }
 }
 

@@ -8,12 +8,13 @@ async fn no_job_without_an_accepted_licence_and_the_error_says_how() {
     let refused = fleet.try_submit("a prompt\n", &[]);
     assert!(!refused.stderr().is_empty());
     assert_ne!(refused.code(), Some(0));
-    let how = format!("darkroom licence accept {} --principal {}", fleet.model(), fleet_tests::fleet::PRINCIPAL);
+    let how =
+        format!("darkroom licence accept {} --principal {}", fleet.model(), fleet_tests::fleet::PRINCIPAL);
     assert!(refused.stderr().contains(&how), "{}", refused.stderr());
     assert_eq!(fleet.count("SELECT count(*) FROM jobs").await, 0);
-    fleet.darkroom(&["licence", "accept", fleet.model(), "--principal", "somebody-else", "--yes"]).succeeded();
+    fleet.accept_licence("somebody-else");
     assert_ne!(fleet.try_submit("a prompt\n", &[]).code(), Some(0), "another's acceptance is not mine");
-    fleet.darkroom(&["licence", "accept", fleet.model(), "--principal", "tester", "--yes"]).succeeded();
+    fleet.accept_licence(fleet_tests::fleet::PRINCIPAL);
     fleet.submit("a prompt\n", &[]);
     assert_eq!(fleet.count("SELECT count(*) FROM jobs").await, 1);
 }
@@ -33,7 +34,10 @@ async fn one_idempotency_key_is_one_batch() {
 #[tokio::test(flavor = "multi_thread")]
 async fn every_fault_of_a_file_is_reported_at_once_and_nothing_is_written() {
     let fleet = Fleet::new(Servers::shared()).await;
-    let file = fleet.write("bad.csv", "prompt,width,seed,num_inference_steps\nfine,512,1,50\nwide,500,1,50\nlate,512,-4,0\n");
+    let file = fleet.write(
+        "bad.csv",
+        "prompt,width,seed,num_inference_steps\nfine,512,1,50\nwide,500,1,50\nlate,512,-4,0\n",
+    );
     let arguments = ["submit", file.to_str().unwrap(), "--model", fleet.model(), "--principal", "tester"];
     let refused = fleet.darkroom(&arguments);
     assert_eq!(refused.code(), Some(2), "{}", refused.stderr());

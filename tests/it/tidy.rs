@@ -5,7 +5,10 @@ use std::path::{Path, PathBuf};
 
 /// The checkout's root.
 fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the tests crate lies in the workspace").to_path_buf()
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .expect("the tests crate lies in the workspace")
+        .to_path_buf()
 }
 
 /// Every Rust source below `folder`, relative to the root, with its text.
@@ -33,7 +36,9 @@ fn shipped(text: &str) -> String {
     let mut lines = Vec::new();
     let mut rest = text.lines().peekable();
     while let Some(line) = rest.next() {
-        if line.trim_start().starts_with("#[cfg(test)]") && rest.peek().is_some_and(|next| next.contains("mod ")) {
+        if line.trim_start().starts_with("#[cfg(test)]")
+            && rest.peek().is_some_and(|next| next.contains("mod "))
+        {
             break;
         }
         let code = line.trim_start();
@@ -49,7 +54,8 @@ fn imports(code: &str, crate_name: &str) -> bool {
     code.match_indices(crate_name).any(|(start, _)| {
         let before = code[..start].chars().next_back();
         let after = &code[start + crate_name.len()..];
-        let starts_word = before.is_none_or(|c| !(c.is_alphanumeric() || c == '_' || c == '"' || c == '.' || c == ':'));
+        let starts_word =
+            before.is_none_or(|c| !(c.is_alphanumeric() || c == '_' || c == '"' || c == '.' || c == ':'));
         starts_word && (after.starts_with("::") || after.starts_with(';') || after.starts_with(" as "))
     })
 }
@@ -79,7 +85,11 @@ fn the_reader_of_imports_sees_what_it_should() {
 fn each_outside_protocol_is_spoken_by_one_file_in_a_binary() {
     assert_eq!(importers(&CRATES, "lapin"), ["scheduler/src/amqp.rs", "worker/src/amqp.rs"]);
     for sdk in ["aws_sdk_s3", "aws_config"] {
-        assert_eq!(importers(&CRATES, sdk), ["scheduler/src/object_store.rs", "worker/src/object_store.rs"], "{sdk}");
+        assert_eq!(
+            importers(&CRATES, sdk),
+            ["scheduler/src/object_store.rs", "worker/src/object_store.rs"],
+            "{sdk}"
+        );
     }
     let strangers: Vec<_> =
         importers(&CRATES, "sqlx").into_iter().filter(|name| !name.starts_with("schema/")).collect();
@@ -95,17 +105,28 @@ fn each_outside_protocol_is_spoken_by_one_file_in_a_binary() {
 fn the_model_code_is_a_leaf() {
     for (name, text) in sources("worker/src").into_iter().filter(|(name, _)| name.contains("/diffusion")) {
         let code = shipped(&text);
-        for foreign in ["tokio", "tokio_util", "lapin", "sqlx", "aws_sdk_s3", "schema", "futures", "clap", "anyhow"] {
+        for foreign in
+            ["tokio", "tokio_util", "lapin", "sqlx", "aws_sdk_s3", "schema", "futures", "clap", "anyhow"]
+        {
             assert!(!imports(&code, foreign), "{name} imports {foreign}, but worker/src/diffusion is a leaf");
         }
         for path in code.match_indices("crate::").map(|(start, _)| &code[start + 7..]) {
-            assert!(path.starts_with("diffusion"), "{name} reaches out of the leaf: crate::{}", &path[..40.min(path.len())]);
+            assert!(
+                path.starts_with("diffusion"),
+                "{name} reaches out of the leaf: crate::{}",
+                &path[..40.min(path.len())]
+            );
         }
     }
     for wall in ["tch", "tokenizers"] {
-        let strangers: Vec<_> =
-            importers(&CRATES, wall).into_iter().filter(|name| !name.starts_with("worker/src/diffusion")).collect();
-        assert!(strangers.is_empty(), "{wall} belongs to worker/src/diffusion, but these import it: {strangers:?}");
+        let strangers: Vec<_> = importers(&CRATES, wall)
+            .into_iter()
+            .filter(|name| !name.starts_with("worker/src/diffusion"))
+            .collect();
+        assert!(
+            strangers.is_empty(),
+            "{wall} belongs to worker/src/diffusion, but these import it: {strangers:?}"
+        );
     }
 }
 
@@ -114,7 +135,11 @@ fn scheduler_and_worker_meet_only_in_schema() {
     assert!(importers(&["scheduler/src"], "worker").is_empty());
     assert!(importers(&["worker/src"], "scheduler").is_empty());
     for foreign in ["scheduler", "worker", "lapin", "tch", "aws_sdk_s3", "clap"] {
-        assert_eq!(importers(&["schema/src"], foreign), Vec::<String>::new(), "schema knows nothing of {foreign}");
+        assert_eq!(
+            importers(&["schema/src"], foreign),
+            Vec::<String>::new(),
+            "schema knows nothing of {foreign}"
+        );
     }
 }
 

@@ -17,6 +17,9 @@ use crate::waiting::eventually;
 /// Who submits in these tests.
 pub const PRINCIPAL: &str = "tester";
 
+/// What there is to accept.
+const LICENCE: &str = "The licence of a checkpoint of random numbers: do no harm with it.\n";
+
 /// A fleet of its own database, model name and therefore queues.
 pub struct Fleet {
     servers: Arc<Servers>,
@@ -28,7 +31,7 @@ pub struct Fleet {
 }
 
 /// An image row, as the checks need it.
-#[derive(Debug, Clone, FromRow)]
+#[derive(Debug, Clone, PartialEq, FromRow)]
 pub struct ImageRow {
     /// Its job's place in the batch.
     pub ordinal: i32,
@@ -38,13 +41,15 @@ pub struct ImageRow {
     pub sha256: Option<String>,
     /// The object's size.
     pub size_bytes: Option<i64>,
+    /// What the safety checker saw, of a withheld picture too; none if there was no checker.
+    pub concept_scores: Option<Vec<f32>>,
 }
 
 impl Fleet {
     /// A migrated database, the tiny checkpoint registered, its licence accepted by [`PRINCIPAL`].
     pub async fn new(servers: Arc<Servers>) -> Fleet {
         let fleet = Fleet::without_acceptance(servers).await;
-        fleet.darkroom(&["licence", "accept", &fleet.model, "--principal", PRINCIPAL, "--yes"]).succeeded();
+        fleet.accept_licence(PRINCIPAL);
         fleet
     }
 
@@ -72,11 +77,25 @@ impl Fleet {
         fleet.darkroom(&["migrate"]).succeeded();
         let checkpoint = checkpoint();
         let checkpoint = checkpoint.to_str().expect("a UTF-8 path");
-        let licence = fleet.write("LICENCE", "The licence of a checkpoint of random numbers: do no harm with it.\n");
+        let licence = fleet.write("LICENCE", LICENCE);
         fleet
-            .darkroom(&["models", "add", &fleet.model, checkpoint, "--licence", licence.to_str().expect("UTF-8")])
+            .darkroom(&[
+                "models",
+                "add",
+                &fleet.model,
+                checkpoint,
+                "--licence",
+                licence.to_str().expect("UTF-8"),
+            ])
             .succeeded();
         fleet
+    }
+
+    /// `principal` accepts the model's licence, naming the text by its digest.
+    pub fn accept_licence(&self, principal: &str) {
+        let digest = sha256_hex(LICENCE.as_bytes());
+        self.darkroom(&["licence", "accept", &self.model, "--principal", principal, "--yes", &digest])
+            .succeeded();
     }
 
     /// The name under which the tiny checkpoint is registered.
@@ -164,12 +183,17 @@ impl Fleet {
 
     fn spawn(&self, name: &str, command: Command) -> Process {
         let number = self.started.fetch_add(1, Ordering::Relaxed);
-        Process::spawn(&format!("{name} ({number})"), command, self.folder.path().join(format!("{number}.log")))
+        Process::spawn(
+            &format!("{name} ({number})"),
+            command,
+            self.folder.path().join(format!("{number}.log")),
+        )
     }
 
     /// One number from SQL.
     pub async fn count(&self, sql: &str) -> i64 {
-        let row = sqlx::query(sql).fetch_one(&self.pool).await.unwrap_or_else(|error| panic!("{sql}: {error}"));
+        let row =
+            sqlx::query(sql).fetch_one(&self.pool).await.unwrap_or_else(|error| panic!("{sql}: {error}"));
         row.get(0)
     }
 
@@ -198,7 +222,7 @@ impl Fleet {
     /// The batch's image rows, in order.
     pub async fn images(&self, batch_id: &str) -> Vec<ImageRow> {
         sqlx::query_as(
-            "SELECT ordinal, object_key, encode(images.sha256, 'hex') AS sha256, size_bytes \
+            "SELECT ordinal, object_key, images.sha256::text AS sha256, size_bytes, concept_scores \
              FROM images JOIN jobs USING (job_id) WHERE jobs.batch_id = $1::uuid ORDER BY ordinal",
         )
         .bind(batch_id)
@@ -284,7 +308,13 @@ impl Finished {
     /// # Panics
     /// With both outputs, if it did not.
     pub fn succeeded(self) -> Finished {
-        assert!(self.output.status.success(), "`darkroom {}`: {}\n{}", self.arguments, self.stdout(), self.stderr());
+        assert!(
+            self.output.status.success(),
+            "`darkroom {}`: {}\n{}",
+            self.arguments,
+            self.stdout(),
+            self.stderr()
+        );
         self
     }
 
@@ -305,8 +335,9 @@ impl Finished {
 
     /// Its standard output as JSON.
     pub fn json(&self) -> serde_json::Value {
-        serde_json::from_str(&self.stdout())
-            .unwrap_or_else(|error| panic!("`darkroom {}` printed {:?}: {error}", self.arguments, self.stdout()))
+        serde_json::from_str(&self.stdout()).unwrap_or_else(|error| {
+            panic!("`darkroom {}` printed {:?}: {error}", self.arguments, self.stdout())
+        })
     }
 }
 
@@ -318,6 +349,7 @@ pub fn sha256_hex(bytes: &[u8]) -> String {
 
 /// The tiny checkpoint of the golden files: the real layout, random weights.
 pub fn checkpoint() -> PathBuf {
-    let workspace = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the tests crate lies in the workspace");
+    let workspace =
+        Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the tests crate lies in the workspace");
     workspace.join("worker/tests/golden/tiny")
 }

@@ -49,7 +49,8 @@ impl Process {
 
     /// Sends `signal`.
     pub fn signal(&self, signal: Signal) {
-        kill(Pid::from_raw(self.child.id() as i32), signal).unwrap_or_else(|error| panic!("{}: {error}", self.name));
+        kill(Pid::from_raw(self.child.id() as i32), signal)
+            .unwrap_or_else(|error| panic!("{}: {error}", self.name));
     }
 
     /// `kill -9`, and waits until the process is gone.
@@ -65,7 +66,9 @@ impl Process {
         let status = eventually(
             &what,
             deadline,
-            || async { child.lock().expect("one test, one lock").try_wait().expect("an own child can be waited for") },
+            || async {
+                child.lock().expect("one test, one lock").try_wait().expect("an own child can be waited for")
+            },
             Option::is_some,
         )
         .await;

@@ -44,7 +44,8 @@ impl Servers {
     /// The set that all tests of this process share. It lives as long as some test holds it.
     pub fn shared() -> Arc<Servers> {
         static SHARED: OnceLock<Mutex<Weak<Servers>>> = OnceLock::new();
-        let mut shared = SHARED.get_or_init(Mutex::default).lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let mut shared =
+            SHARED.get_or_init(Mutex::default).lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         shared.upgrade().unwrap_or_else(|| {
             let servers = Arc::new(Servers::start());
             *shared = Arc::downgrade(&servers);
@@ -72,7 +73,9 @@ impl Servers {
             .spawn()
             .expect("`darkroom up` starts");
         let mut line = String::new();
-        BufReader::new(child.stdout.take().expect("piped")).read_line(&mut line).expect("its output can be read");
+        BufReader::new(child.stdout.take().expect("piped"))
+            .read_line(&mut line)
+            .expect("its output can be read");
         let addresses = serde_json::from_str(&line).unwrap_or_else(|error| {
             let mut log = String::new();
             let _ = child.kill();
@@ -112,7 +115,10 @@ impl Servers {
             "the broker to answer again",
             deadline,
             || async {
-                lapin::Connection::connect(&uri, lapin::ConnectionProperties::default()).await.map(|_| ()).is_ok()
+                lapin::Connection::connect(&uri, lapin::ConnectionProperties::default())
+                    .await
+                    .map(|_| ())
+                    .is_ok()
             },
             |answers| *answers,
         )

@@ -116,7 +116,7 @@ impl<Q: Queue, C: Catalog> Claimer<Q, C> {
         self.metrics.microbatches.increment();
         self.metrics.claimed.add(pictures.len());
         let leases: Vec<_> = pictures.iter().map(|picture| picture.job.lease).collect();
-        let (handle, control) = control(leases.iter().map(|lease| lease.job_id).collect());
+        let (handle, control) = control(leases.iter().map(|lease| lease.job_id).collect(), drain.clone());
         self.leases.hold(leases, handle).await;
         Some(Microbatch { microbatch_id, pictures, control })
     }

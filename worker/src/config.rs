@@ -33,7 +33,7 @@ pub enum Command {
     /// Draws a fleet's jobs until it is asked to stop (SIGTERM or Ctrl-C; a second one hastens it).
     Run(Box<Config>),
     /// Makes one picture from a prompt, without a fleet.
-    Generate(GenerateArgs),
+    Generate(Box<GenerateArgs>),
 }
 
 /// How log lines look.
@@ -102,7 +102,7 @@ pub struct Config {
     /// PostgreSQL, as postgres://USER:PASSWORD@HOST:PORT/DATABASE.
     #[arg(long, env = "DATABASE_URL", hide_env_values = true, value_name = "URL")]
     pub database_url: SecretString,
-    /// RabbitMQ, as amqp[s]://USER:PASSWORD@HOST:PORT/VHOST.
+    /// RabbitMQ, as amqp:// or amqps://USER:PASSWORD@HOST:PORT/VHOST.
     #[arg(long, env = "AMQP_URL", hide_env_values = true, value_name = "URL")]
     pub amqp_url: SecretString,
     /// Bucket for the pictures. The standard AWS variables (AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID …) tell the

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use schema::JobId;
 use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 
 /// A word to a running microbatch.
 #[derive(Debug, Clone, Copy)]
@@ -71,6 +72,7 @@ pub struct Control {
     stop: bool,
     window: Range<usize>,
     started: Instant,
+    drain: CancellationToken,
 }
 
 /// The other end. Clones speak to the same microbatch.
@@ -80,8 +82,9 @@ pub struct ControlHandle {
     progress: watch::Receiver<Progress>,
 }
 
-/// The two ends for a microbatch of these jobs, in the order in which the pipeline is given them.
-pub fn control(job_ids: Vec<JobId>) -> (ControlHandle, Control) {
+/// The two ends for a microbatch of these jobs, in the order in which the pipeline is given them. Once `drain` is
+/// cancelled the microbatch is not to be started; if it runs by then, it is for the lease keeper to stop it.
+pub fn control(job_ids: Vec<JobId>, drain: CancellationToken) -> (ControlHandle, Control) {
     let (speaker, words) = mpsc::channel();
     let (progress, progress_receiver) = watch::channel(Progress::default());
     let handle = ControlHandle { words: speaker.clone(), progress: progress_receiver };
@@ -96,6 +99,7 @@ pub fn control(job_ids: Vec<JobId>) -> (ControlHandle, Control) {
         stop: false,
         window,
         started: Instant::now(),
+        drain,
     };
     (handle, control)
 }
@@ -120,6 +124,11 @@ impl ControlHandle {
 }
 
 impl Control {
+    /// Whether the microbatch may still be started.
+    pub fn may_start(&self) -> bool {
+        !self.drain.is_cancelled()
+    }
+
     /// Narrows the next calls to some of the microbatch's pictures and starts their clock.
     pub fn focus(&mut self, window: Range<usize>) {
         self.window = window;
@@ -190,7 +199,7 @@ mod tests {
     #[test]
     fn a_lost_lease_marks_its_picture_alone() {
         let job_ids = jobs(3);
-        let (handle, mut control) = control(job_ids.clone());
+        let (handle, mut control) = control(job_ids.clone(), CancellationToken::new());
         handle.lease_lost(job_ids[1]);
         assert_eq!(control.after_step(1, 50), Verdict::Continue { lost: &[false, true, false] });
         control.focus(1..2);
@@ -199,7 +208,7 @@ mod tests {
 
     #[test]
     fn waiting_ends_when_it_is_told_to_stop() {
-        let (handle, mut control) = control(jobs(1));
+        let (handle, mut control) = control(jobs(1), CancellationToken::new());
         let speaker = std::thread::spawn(move || handle.stop());
         let started = Instant::now();
         control.wait(Duration::from_secs(3600));
@@ -210,7 +219,7 @@ mod tests {
 
     #[test]
     fn waiting_lasts_its_time_after_the_last_speaker_is_gone() {
-        let (handle, mut control) = control(jobs(1));
+        let (handle, mut control) = control(jobs(1), CancellationToken::new());
         drop(handle);
         let started = Instant::now();
         control.wait(Duration::from_millis(30));

@@ -8,7 +8,7 @@
 //! ```text
 //! // First of all, before any other use of libtorch in the process (see `device`):
 //! let device: ComputeDevice = "cpu".parse()?;            // or "cuda:0"
-//! device.open()?;                                        // opens the CUDA libraries; nothing to do for `cpu`
+//! device.open()?;                                        // opens the CUDA libraries, or limits threads on the CPU
 //!
 //! let options = LoadOptions { device, dtype: ComputeDtype::F32 };
 //! let pipeline = StableDiffusionPipeline::from_pretrained(directory, &options)?;   // LoadError lists every fault
@@ -36,8 +36,10 @@
 //! - The pipeline is `Send` and not `Sync`: one thread owns it. A call runs to its end on that thread.
 //!
 //! # Same spec, same picture
-//! On the CPU each picture of a microbatch has its own passes through every model, so it is bit for bit the picture
-//! that a call of its own gives. On a GPU the UNet sees the microbatch at once; everything else is still per picture.
+//! On the CPU each picture of a microbatch has its own passes through every model, by one thread
+//! ([`device::set_threads_per_picture`]), so it is bit for bit the picture that a call of its own gives, on any number
+//! of cores; a microbatch of as many pictures as there are cores uses them all. On a GPU the UNet sees the microbatch
+//! at once; everything else is still per picture.
 
 pub mod clip_image_processor;
 pub mod clip_tokenizer;

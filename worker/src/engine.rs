@@ -108,6 +108,10 @@ impl EngineThread {
         finished: &mpsc::Sender<Finished>,
     ) -> Result<(), EngineError> {
         while let Some(microbatch) = microbatches.blocking_recv() {
+            if !microbatch.control.may_start() {
+                hand_on(finished, stopped(microbatch));
+                continue;
+            }
             let (done, poison) = self.run(microbatch);
             hand_on(finished, done);
             if let Some(poison) = poison {

@@ -72,6 +72,9 @@ pub struct Deadlines {
     pub grace: Duration,
 }
 
+/// The leases that were asked for, and which of them are still held.
+type Extension = (Vec<Lease>, Result<Vec<JobId>, CatalogError>);
+
 /// The keeper itself; see the module.
 #[derive(Debug)]
 pub struct LeaseKeeper<C> {
@@ -83,7 +86,7 @@ pub struct LeaseKeeper<C> {
     commands: mpsc::Receiver<Command>,
     in_flight: Vec<InFlight>,
     /// The one extension under way. Not awaited in place, so that a slow catalog does not hold up a drain.
-    extension: JoinSet<(Vec<Lease>, Result<Vec<JobId>, CatalogError>)>,
+    extension: JoinSet<Extension>,
 }
 
 impl<C: Catalog> LeaseKeeper<C> {

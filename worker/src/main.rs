@@ -11,28 +11,33 @@ use worker::config::{Cli, Command, Config, LogFormat};
 use worker::generate::{self, BadInput};
 use worker::run::Shutdown;
 
-/// What `sysexits.h` calls EX_USAGE's neighbor for bad input: the caller's mistake, as clap reports its own.
+/// The caller's mistake, as clap reports its own.
 const USAGE: u8 = 2;
+
+/// The exit code for everything else.
+const FAILURE: u8 = 1;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    if let Err(error) = start_logging(&cli) {
-        return complain(&error);
-    }
-    let ended = match cli.command {
+    let ended = start_logging(&cli).and_then(|()| match cli.command {
         Command::Generate(arguments) => generate::run(&arguments),
-        Command::Run(config) => serve(*config),
-    };
-    match ended {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => complain(&error),
-    }
+        Command::Run(config) => leave(serve(*config)),
+    });
+    ended.map_or_else(|error| ExitCode::from(exit_code(&error)), |()| ExitCode::SUCCESS)
+}
+
+/// Ends the process without running the destructors of libtorch's statics: a step that did not end in the grace period
+/// may still be running, and crashes when they are gone.
+fn leave(ended: Result<()>) -> ! {
+    let code = ended.map_or_else(|error| exit_code(&error), |()| 0);
+    // SAFETY: `_exit` may be called at any time. What it skips is nothing of ours: logs are written unbuffered.
+    unsafe { nix::libc::_exit(code.into()) }
 }
 
 #[expect(clippy::print_stderr, reason = "the last word goes to the person, whatever the log filter says")]
-fn complain(error: &anyhow::Error) -> ExitCode {
+fn exit_code(error: &anyhow::Error) -> u8 {
     eprintln!("error: {error:#}");
-    if error.is::<BadInput>() { ExitCode::from(USAGE) } else { ExitCode::FAILURE }
+    if error.is::<BadInput>() { USAGE } else { FAILURE }
 }
 
 fn start_logging(cli: &Cli) -> Result<()> {

@@ -1,4 +1,5 @@
 //! `darkroom-worker generate`, the command.
+#![allow(clippy::unwrap_used, reason = "clippy.toml allows it in test functions; this is for their helpers")]
 
 #[path = "support/golden.rs"]
 mod golden;
@@ -13,7 +14,16 @@ use sha2::{Digest as _, Sha256};
 
 fn generate(checkpoint: &Path, output: &Path, options: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_darkroom-worker"))
-        .args(["generate", "--prompt", "a red circle", "--seed", "42", "--num-inference-steps", "3", "--model"])
+        .args([
+            "generate",
+            "--prompt",
+            "a red circle",
+            "--seed",
+            "42",
+            "--num-inference-steps",
+            "3",
+            "--model",
+        ])
         .arg(checkpoint)
         .arg("--output")
         .arg(output)
@@ -59,7 +69,16 @@ fn all_bad_arguments_are_named_and_nothing_is_written() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("picture.png");
     let options = [
-        "--width", "100", "--scheduler", "plms", "--device", "gpu", "--dtype", "fp16", "--guidance-scale", "inf",
+        "--width",
+        "100",
+        "--scheduler",
+        "plms",
+        "--device",
+        "gpu",
+        "--dtype",
+        "fp16",
+        "--guidance-scale",
+        "inf",
     ];
     let output = generate(&golden_path("small"), &path, &options);
     assert_eq!(output.status.code(), Some(2), "{}", stderr(&output));

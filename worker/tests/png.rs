@@ -1,5 +1,6 @@
 //! What a picture's file says about itself: read back by a PNG decoder, by a reader of AUTOMATIC1111's grammar written after
 //! its own (`modules/infotext_utils.py`), and compared over random specs.
+#![allow(clippy::unwrap_used, reason = "clippy.toml allows it in test functions; this is for their helpers")]
 
 use std::collections::BTreeMap;
 use std::io::Cursor;
@@ -180,7 +181,7 @@ fn the_infotext_looks_as_the_web_ui_writes_it() {
     a red circle,
     large
     Negative prompt: blurry
-    Steps: 20, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7.5, Seed: 965400086, Size: 128x64, Model hash: 9128c2be46, Model: demo, RNG: CPU, Version: darkroom VERSION
+    Steps: 20, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7.5, Seed: 965400086, Size: 128x64, Model hash: 9a129038d9, Model: demo, RNG: CPU, Version: darkroom VERSION
     ");
 }
 
@@ -249,7 +250,36 @@ fn the_record_names_job_model_licence_and_verdict() {
     let record: PictureRecord =
         serde_json::from_str(&text_of(&texts, "darkroom").1).expect("the record is JSON");
     let record = serde_json::to_string_pretty(&record).expect("JSON again");
-    insta::assert_snapshot!(record.replace(env!("CARGO_PKG_VERSION"), "VERSION"), @"");
+    insta::assert_snapshot!(record.replace(env!("CARGO_PKG_VERSION"), "VERSION"), @r#"
+    {
+      "version": 1,
+      "job_id": "4d3a635e-e5aa-546f-ab25-14acb12d04db",
+      "batch_id": "0190f5fe-7c00-7a00-8000-000000000001",
+      "ordinal": 7,
+      "prompt": "a red circle",
+      "negative_prompt": "blurry",
+      "seed": 965400086,
+      "model": "demo",
+      "weights_sha256": "9a129038d9a00aed0cf6a7ea059ca50a813449061ab87848cf1a13eafdf33b2c",
+      "scheduler": "pndm",
+      "num_inference_steps": 20,
+      "guidance_scale": 7.5,
+      "width": 128,
+      "height": 64,
+      "noise_dtype": "cpu-f32",
+      "prompt_truncated": false,
+      "has_nsfw_concept": false,
+      "concept_scores": [
+        -0.031,
+        -0.1
+      ],
+      "special_care_scores": [
+        -0.2
+      ],
+      "licence_acceptance_id": "0190f5fe-7c00-7a00-8000-000000000002",
+      "software": "darkroom VERSION"
+    }
+    "#);
 }
 
 proptest! {

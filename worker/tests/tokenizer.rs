@@ -1,4 +1,5 @@
 //! `CLIPTokenizer` against transformers: the golden checkpoints' small vocabularies, and CLIP's own.
+#![allow(clippy::unwrap_used, reason = "clippy.toml allows it in test functions; this is for their helpers")]
 
 #[path = "support/golden.rs"]
 mod golden;
@@ -154,5 +155,9 @@ fn a_broken_tokenizer_folder_is_refused_with_all_its_faults() {
     assert_eq!(first_fault(), "tokenizer/merges.txt: line 1 must be two tokens and a space");
     write("merges.txt", "");
     write("vocab.json", r#"{"a": "x"}"#);
-    assert!(first_fault().starts_with("tokenizer/vocab.json: is not a JSON object: of token ids"), "{}", first_fault());
+    assert!(
+        first_fault().starts_with("tokenizer/vocab.json: is not a JSON object: of token ids"),
+        "{}",
+        first_fault()
+    );
 }

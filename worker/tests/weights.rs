@@ -1,5 +1,6 @@
 //! Checkpoints that are whole, old, incomplete, foreign or damaged: each loads or is refused with all its faults, and
 //! none makes the process panic.
+#![allow(clippy::unwrap_used, reason = "clippy.toml allows it in test functions; this is for their helpers")]
 
 #[path = "support/golden.rs"]
 mod golden;
@@ -14,7 +15,7 @@ use tch::{Kind, Tensor};
 use worker::diffusion::load_error::Fault;
 use worker::diffusion::{
     ComputeDevice, ComputeDtype, GenerationParameters, ImageError, ImageRequest, LoadError, LoadOptions,
-    SchedulerKind, Stage, StableDiffusionPipeline, StepControl,
+    SchedulerKind, StableDiffusionPipeline, Stage, StepControl,
 };
 
 const UNET: &str = "unet/diffusion_pytorch_model.safetensors";
@@ -179,7 +180,8 @@ fn flax_names_and_absent_components_are_understood() {
         json["safety_checker"] = json!(["stable_diffusion", "StableDiffusionSafetyChecker"]);
         json["feature_extractor"] = json!([null, null]);
     });
-    let expected = "model_index.json: `feature_extractor` must be given where `safety_checker` is but is [null,null]";
+    let expected =
+        "model_index.json: `feature_extractor` must be given where `safety_checker` is but is [null,null]";
     assert_eq!(checkpoint.texts(), [expected]);
 }
 
@@ -195,9 +197,13 @@ fn the_file_that_fits_the_dtype_is_read() {
     let with = |dtype| checkpoint.load_as(&LoadOptions { dtype, ..F32 });
     assert!(with(ComputeDtype::F32).is_ok());
     assert!(with(ComputeDtype::Bf16).is_ok());
-    assert!(with(ComputeDtype::F16).unwrap_err().to_string().contains("fp16.safetensors: has no `conv_in.bias`"));
+    assert!(
+        with(ComputeDtype::F16).unwrap_err().to_string().contains("fp16.safetensors: has no `conv_in.bias`")
+    );
     fs::remove_file(checkpoint.path(UNET)).unwrap();
-    assert!(with(ComputeDtype::F32).unwrap_err().to_string().contains("fp16.safetensors: has no `conv_in.bias`"));
+    assert!(
+        with(ComputeDtype::F32).unwrap_err().to_string().contains("fp16.safetensors: has no `conv_in.bias`")
+    );
 }
 
 /// Old names and new ones for the same weights make the same picture.
@@ -207,14 +213,16 @@ fn all_key_spellings_make_the_same_picture() {
     let picture = draw(&checkpoint.load().unwrap()).unwrap();
     let rename = |file: &str, rename: &dyn Fn(&str) -> String| {
         checkpoint.edit_weights(file, |tensors| {
-            *tensors = std::mem::take(tensors).into_iter().map(|(key, tensor)| (rename(&key), tensor)).collect();
+            *tensors =
+                std::mem::take(tensors).into_iter().map(|(key, tensor)| (rename(&key), tensor)).collect();
         });
     };
     rename(TEXT_ENCODER, &|key| format!("text_model.{key}"));
     rename(SAFETY_CHECKER, &|key| key.replace("vision_model.", "vision_model.vision_model."));
     rename(VAE, &|key| {
         let attention = "mid_block.attentions.0.";
-        let names = [("to_q.", "query."), ("to_k.", "key."), ("to_v.", "value."), ("to_out.0.", "proj_attn.")];
+        let names =
+            [("to_q.", "query."), ("to_k.", "key."), ("to_v.", "value."), ("to_out.0.", "proj_attn.")];
         names.iter().fold(key.to_owned(), |key, (new, old)| {
             key.replace(&format!("{attention}{new}"), &format!("{attention}{old}"))
         })
@@ -274,7 +282,9 @@ fn truncated_and_damaged_files_are_refused_without_a_panic() {
     for length in [0, 1, 7, 8, 9, 100, whole.len() / 2, whole.len() - 1] {
         fs::write(checkpoint.path(VAE), &whole[..length]).unwrap();
         let faults = checkpoint.faults();
-        assert!(faults.iter().any(|fault| matches!(fault, Fault::Safetensors { .. } | Fault::Unreadable { .. })));
+        assert!(
+            faults.iter().any(|fault| matches!(fault, Fault::Safetensors { .. } | Fault::Unreadable { .. }))
+        );
     }
     // Every byte of the header's beginning, each made another: whatever that means, it is an answer.
     let header = whole.len().min(600);

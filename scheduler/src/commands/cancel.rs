@@ -11,10 +11,15 @@ pub(super) async fn run(arguments: &CancelArgs, settings: &Settings, terminal: T
     let catalog = connect(settings).await?;
     let batch_id = catalog.resolve_batch(&arguments.batch).await?;
     let counts = match arguments.job {
-        None => catalog.cancel_batch_if_not_final(batch_id).await?.with_context(|| format!("batch {batch_id} is gone"))?,
+        None => catalog
+            .cancel_batch_if_not_final(batch_id)
+            .await?
+            .with_context(|| format!("batch {batch_id} is gone"))?,
         Some(ordinal) => {
             let counts = catalog.cancel_job_if_not_final(JobId::of(batch_id, ordinal)).await?;
-            counts.with_context(|| format!("batch {batch_id} has no job {ordinal}\nhint: jobs are counted from 0"))?
+            counts.with_context(|| {
+                format!("batch {batch_id} has no job {ordinal}\nhint: jobs are counted from 0")
+            })?
         }
     };
     terminal.show(&counts, || {

@@ -24,7 +24,8 @@ pub(super) async fn run(arguments: FetchArgs, settings: &Settings, terminal: Ter
     let progress = batch(&catalog, &arguments.batch).await?;
     let store = S3ObjectStore::new(&settings.s3()?).await;
     let output = &arguments.output;
-    std::fs::create_dir_all(output).with_context(|| format!("cannot create the folder {}", output.display()))?;
+    std::fs::create_dir_all(output)
+        .with_context(|| format!("cannot create the folder {}", output.display()))?;
 
     let (report, tiles) = fetch_all(&catalog, &store, &progress, output).await?;
     let shown = tiles.len();
@@ -107,7 +108,8 @@ fn describe(report: &FetchReport, arguments: &FetchArgs, jobs: u64, shown: usize
         }
     }
     if let Some(sheet) = &arguments.contact_sheet {
-        let part = if (shown as u64) < jobs { format!(" (the first {shown} of {jobs})") } else { String::new() };
+        let part =
+            if (shown as u64) < jobs { format!(" (the first {shown} of {jobs})") } else { String::new() };
         lines.push(format!("contact sheet: {}{part}", sheet.display()));
     }
     lines.join("\n")

@@ -25,7 +25,11 @@ pub(super) async fn run(command: LicenceCommand, settings: &Settings, terminal: 
     let principal = config::principal(who.principal)?;
     if let Some(known) = catalog.valid_acceptance(&principal, licence.licence_id).await? {
         return terminal.show(&json!({ "acceptance": known, "was_known": true }), || {
-            format!("{principal} accepted {} on {}\n", licence.name, known.accepted_at.format("%Y-%m-%d %H:%M UTC"))
+            format!(
+                "{principal} accepted {} on {}\n",
+                licence.name,
+                known.accepted_at.format("%Y-%m-%d %H:%M UTC")
+            )
         });
     }
     let statement = statement(&principal, &licence, &model);
@@ -125,7 +129,7 @@ mod tests {
     #[test]
     fn the_statement_names_who_what_and_which_text() {
         let statement = statement("ann", &licence(), &"demo".parse().unwrap());
-        insta::assert_snapshot!(statement, @"");
+        insta::assert_snapshot!(statement, @"I, ann, have read Some licence (SHA-256 6bb3787f0b2efd1ea62912626ff05061c22a8619fa572e9d61c4bb22a0cb3ae6), the licence of model demo, and accept it, its use restrictions included.");
         assert!(!text(&licence()).contains('\u{1b}'));
     }
 }

@@ -52,7 +52,8 @@ async fn add(arguments: ModelsAddArgs, settings: &Settings, terminal: Terminal) 
         default_noise_scheduler: model.default_noise_scheduler,
     };
     let added = catalog.add_model(&new).await?;
-    let data = json!({ "model": added.model, "was_known": added.was_known, "licence_name": new.licence_name });
+    let data =
+        json!({ "model": added.model, "was_known": added.was_known, "licence_name": new.licence_name });
     terminal.show(&data, || {
         let verb = if added.was_known { "already registered" } else { "registered" };
         let checker = if model.has_safety_checker { "with" } else { "WITHOUT" };
@@ -73,7 +74,8 @@ async fn list(settings: &Settings, terminal: Terminal) -> Result<()> {
     let models = connect(settings).await?.models().await?;
     terminal.show(&models, || {
         if models.is_empty() {
-            return "no models yet; register one with `darkroom models add NAME DIR --licence FILE`\n".to_owned();
+            return "no models yet; register one with `darkroom models add NAME DIR --licence FILE`\n"
+                .to_owned();
         }
         let rows = models.iter().map(|model| {
             [

@@ -38,7 +38,10 @@ pub(super) async fn run(arguments: SubmitArgs, settings: &Settings, terminal: Te
         principal,
         model: model.name.clone(),
         // Without a key of the user's every submission is a new batch.
-        idempotency_key: arguments.idempotency_key.clone().unwrap_or_else(|| uuid::Uuid::new_v4().to_string()),
+        idempotency_key: arguments
+            .idempotency_key
+            .clone()
+            .unwrap_or_else(|| uuid::Uuid::new_v4().to_string()),
         source_name,
         defaults,
         band: arguments.priority,
@@ -90,7 +93,10 @@ async fn dry_run(
         );
         if !accepted {
             let command = accept_command(&new.model, &new.principal);
-            text.push_str(&format!("\n{} has yet to accept the model's licence: {command}", printable(&new.principal)));
+            text.push_str(&format!(
+                "\n{} has yet to accept the model's licence: {command}",
+                printable(&new.principal)
+            ));
         }
         text
     })
@@ -104,14 +110,14 @@ fn checked_jobs(
     source_name: &str,
     terminal: Terminal,
 ) -> Result<Vec<NewJob>> {
-    let PromptFile { lines, mut faults } = file;
-    let jobs = match submission::jobs(&lines, defaults, arguments.defaults.seed, arguments.num_images_per_prompt) {
-        Ok(jobs) => jobs,
-        Err(more) => {
-            faults.extend(more);
-            Vec::new()
-        }
-    };
+    let PromptFile { lines, mut faults, faulty_lines } = file;
+    let jobs =
+        |lines| submission::jobs(lines, defaults, arguments.defaults.seed, arguments.num_images_per_prompt);
+    faults.extend(jobs(&faulty_lines).err().into_iter().flatten());
+    let jobs = jobs(&lines).unwrap_or_else(|more| {
+        faults.extend(more);
+        Vec::new()
+    });
     if faults.is_empty() {
         return Ok(jobs);
     }
@@ -122,7 +128,10 @@ fn checked_jobs(
 fn refuse(faults: &[InputFault], source_name: &str, terminal: Terminal) -> Result<UsageError> {
     if terminal.json {
         let told = &faults[..faults.len().min(TOLD_FAULTS)];
-        terminal.show(&json!({ "file": source_name, "fault_count": faults.len(), "faults": told }), String::new)?;
+        terminal.show(
+            &json!({ "file": source_name, "fault_count": faults.len(), "faults": told }),
+            String::new,
+        )?;
     } else {
         for fault in faults.iter().take(TOLD_FAULTS) {
             terminal.tell(&printable(&format!("{source_name}:{fault}")));
@@ -146,10 +155,12 @@ fn check_defaults(defaults: &SpecDefaults) -> Result<()> {
 fn warn_of(repetitions: &[Repetition], source_name: &str, terminal: Terminal) {
     for Repetition { line, first } in repetitions.iter().take(TOLD_REPETITIONS) {
         let source_name = printable(source_name);
-        terminal.tell(&format!("warning: {source_name}:{line}: the same prompt and settings as line {first}"));
+        terminal
+            .tell(&format!("warning: {source_name}:{line}: the same prompt and settings as line {first}"));
     }
     if repetitions.len() > TOLD_REPETITIONS {
-        terminal.tell(&format!("warning: ... and {} more repeated lines", repetitions.len() - TOLD_REPETITIONS));
+        terminal
+            .tell(&format!("warning: ... and {} more repeated lines", repetitions.len() - TOLD_REPETITIONS));
     }
 }
 
@@ -160,7 +171,9 @@ async fn model(catalog: &PgCatalog, name: Option<&ModelName>) -> Result<Model> {
     }
     let mut models = catalog.models().await?;
     match models.len() {
-        0 => bail!("no model is registered\nhint: register one with `darkroom models add NAME DIR --licence FILE`"),
+        0 => bail!(
+            "no model is registered\nhint: register one with `darkroom models add NAME DIR --licence FILE`"
+        ),
         1 => Ok(models.remove(0)),
         _ => {
             let names: Vec<_> = models.iter().map(|model| model.name.as_str()).collect();
@@ -172,12 +185,14 @@ async fn model(catalog: &PgCatalog, name: Option<&ModelName>) -> Result<Model> {
 /// The licence rule's error says exactly how to accept, for this very principal.
 fn explain(error: SubmitError) -> anyhow::Error {
     match error {
-        SubmitError::LicenceNotAccepted { principal, model, licence_name, text_sha256, .. } => anyhow::anyhow!(
-            "{} has not accepted {licence_name}, the licence of model {model} (SHA-256 {text_sha256}); nothing was \
+        SubmitError::LicenceNotAccepted { principal, model, licence_name, text_sha256, .. } => {
+            anyhow::anyhow!(
+                "{} has not accepted {licence_name}, the licence of model {model} (SHA-256 {text_sha256}); nothing was \
              submitted\nhint: read and accept it with `{}`",
-            printable(&principal),
-            accept_command(&model, &principal)
-        ),
+                printable(&principal),
+                accept_command(&model, &principal)
+            )
+        }
         other => other.into(),
     }
 }
@@ -229,7 +244,10 @@ mod tests {
             licence_name: "CreativeML Open RAIL-M".to_owned(),
             text_sha256: Sha256Digest::of(b""),
         });
-        insta::assert_snapshot!(crate::terminal::describe_error(&error), @"");
+        insta::assert_snapshot!(crate::terminal::describe_error(&error), @"
+        error: ann has not accepted CreativeML Open RAIL-M, the licence of model demo (SHA-256 e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855); nothing was submitted
+        hint: read and accept it with `darkroom licence accept demo --principal ann`
+        ");
         let command = accept_command(&"demo".parse().unwrap(), "ann o'hara");
         assert_eq!(command, r"darkroom licence accept demo --principal 'ann o'\''hara'");
     }
@@ -243,9 +261,10 @@ mod tests {
 
     #[test]
     fn a_wrong_default_is_told_once() {
-        let defaults = SpecDefaults { width: 500, ..SpecDefaults::of_model(512, 512, schema::NoiseScheduler::Pndm) };
+        let defaults =
+            SpecDefaults { width: 500, ..SpecDefaults::of_model(512, 512, schema::NoiseScheduler::Pndm) };
         let error = check_defaults(&defaults).unwrap_err();
         assert!(error.is::<UsageError>());
-        insta::assert_snapshot!(error, @"");
+        insta::assert_snapshot!(error, @"the batch's defaults are wrong: `width` has to be a multiple of 8, from 64 to 2048, but is 500");
     }
 }

@@ -134,7 +134,9 @@ async fn stop_asked(with_stdin: bool) -> Result<()> {
     let stdin_closed: std::pin::Pin<Box<dyn Future<Output = Result<()>>>> = if with_stdin {
         Box::pin(async {
             let mut sink = tokio::io::sink();
-            tokio::io::copy(&mut tokio::io::stdin(), &mut sink).await.context("cannot read standard input")?;
+            tokio::io::copy(&mut tokio::io::stdin(), &mut sink)
+                .await
+                .context("cannot read standard input")?;
             Ok(())
         })
     } else {
@@ -155,7 +157,8 @@ struct RunFiles {
 impl RunFiles {
     fn write(data_dir: &DataDir, ready: Option<&Path>) -> Result<Self> {
         let pid = data_dir::pid_file(data_dir.root());
-        let identity = ProcessIdentity::of(i32::try_from(std::process::id())?).context("/proc does not show us")?;
+        let identity =
+            ProcessIdentity::of(i32::try_from(std::process::id())?).context("/proc does not show us")?;
         ServerUser::Myself.write_private_file(&pid, &serde_json::to_string(&identity)?, 0o600)?;
         let mut remove = vec![pid, data_dir::env_file(data_dir.root())];
         remove.extend(ready.map(Path::to_owned));

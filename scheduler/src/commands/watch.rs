@@ -51,9 +51,8 @@ async fn follow(catalog: &PgCatalog, first: BatchProgress, terminal: Terminal) -
             bar.finish_and_clear();
             return Ok(progress);
         }
-        let is_news = told.is_none_or(|(when, count)| {
-            when.elapsed() >= LINE_INTERVAL && count != progress.final_count()
-        });
+        let is_news = told
+            .is_none_or(|(when, count)| when.elapsed() >= LINE_INTERVAL && count != progress.final_count());
         if !draws && is_news {
             told = Some((Instant::now(), progress.final_count()));
             if terminal.json {
@@ -192,15 +191,15 @@ mod tests {
     #[test]
     fn progress_is_told_in_one_line() {
         let told = line(&progress(), 10, Duration::from_secs(20));
-        insta::assert_snapshot!(told, @"");
+        insta::assert_snapshot!(told, @"20/24 pictures, 0.50 pictures/s, 8.0 s left (2 running, 3 withheld, 1 discarded)");
         let nothing_yet = line(&progress(), 20, Duration::from_secs(20));
-        insta::assert_snapshot!(nothing_yet, @"");
+        insta::assert_snapshot!(nothing_yet, @"20/24 pictures (2 running, 3 withheld, 1 discarded)");
     }
 
     #[test]
     fn the_summary_has_counts_time_and_rate() {
-        insta::assert_snapshot!(summary(&progress()), @"");
+        insta::assert_snapshot!(summary(&progress()), @"batch demo: 16 pictures drawn, 3 withheld, 1 discarded, in 1 m 35 s (0.20 pictures/s)");
         let cancelled = BatchProgress { completed: 0, flagged: 0, discarded: 0, cancelled: 24, ..progress() };
-        insta::assert_snapshot!(summary(&cancelled), @"");
+        insta::assert_snapshot!(summary(&cancelled), @"batch demo: 0 pictures drawn, 24 cancelled");
     }
 }

@@ -2,7 +2,9 @@
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use schema::{BatchId, ImageId, ImageRecord, JobId, JobSpec, NoiseScheduler, ObjectKey, SafetyVerdict, SpecDefaults};
+use schema::{
+    BatchId, ImageId, ImageRecord, JobId, JobSpec, NoiseScheduler, ObjectKey, SafetyVerdict, SpecDefaults,
+};
 
 use super::*;
 use crate::object_store::StoreError;
@@ -110,7 +112,8 @@ async fn an_object_that_is_not_what_its_row_says_is_not_kept() {
     assert!(report.failures[0].contains("has to have the SHA-256"), "{}", report.failures[0]);
     assert!(report.failures[1].ends_with("has to have 4 bytes, but has 6"), "{}", report.failures[1]);
     assert!(report.failures[2].contains("holds no object"), "{}", report.failures[2]);
-    let files: Vec<_> = std::fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    let files: Vec<_> =
+        std::fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert_eq!(files, ["00003-cat-no-3-7.png"]);
 }
 

@@ -44,8 +44,9 @@ impl Credentials {
     /// Reads the credentials in `file`, or makes them and writes the file with mode 0600.
     pub fn remembered_or_made(file: &Path) -> Result<Self> {
         let stored = match fs::read_to_string(file) {
-            Ok(text) => serde_json::from_str(&text)
-                .with_context(|| format!("{} is not the credentials file that `darkroom up` writes", file.display()))?,
+            Ok(text) => serde_json::from_str(&text).with_context(|| {
+                format!("{} is not the credentials file that `darkroom up` writes", file.display())
+            })?,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
                 let stored = Stored {
                     postgres_password: random(),

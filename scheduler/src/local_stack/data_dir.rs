@@ -1,6 +1,6 @@
 //! The one folder below which everything of the local stack lies: server data, pictures, logs, passwords.
 //!
-//! All commands agree on where it is by the same rule ([`DataDir::locate`]), so that `darkroom submit` finds what
+//! All commands agree on where it is by the same rule (`config.rs`), so that `darkroom submit` finds what
 //! `darkroom up` started without being told.
 use std::fs::{self, File};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -67,7 +67,8 @@ impl DataDir {
     /// If the folder belongs to somebody else, cannot be entered, or another `darkroom up` uses it.
     pub fn open(root: &Path) -> Result<Self> {
         let server_user = ServerUser::choose();
-        fs::create_dir_all(root).with_context(|| format!("cannot create the data folder {}", root.display()))?;
+        fs::create_dir_all(root)
+            .with_context(|| format!("cannot create the data folder {}", root.display()))?;
         let root = root.canonicalize().with_context(|| format!("cannot resolve {}", root.display()))?;
         let metadata = fs::metadata(&root)?;
         if metadata.uid() != geteuid().as_raw() {
@@ -91,7 +92,8 @@ impl DataDir {
                 fallback_for(&root).display()
             );
         }
-        let lock = File::create(root.join("lock")).context("cannot create the lock file in the data folder")?;
+        let lock =
+            File::create(root.join("lock")).context("cannot create the lock file in the data folder")?;
         let lock = Flock::lock(lock, FlockArg::LockExclusiveNonblock).map_err(|(_, error)| {
             anyhow::anyhow!(
                 "another `darkroom up` uses the data folder {} ({error})\n\

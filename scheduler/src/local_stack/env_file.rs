@@ -65,9 +65,9 @@ impl Endpoints {
     /// Reads the file at `path`; `None` if there is none, that is, if no local stack runs.
     pub fn read(path: &Path) -> Result<Option<Self>> {
         match std::fs::read_to_string(path) {
-            Ok(text) => {
-                Self::parse(&text).map(Some).with_context(|| format!("cannot use the file {}", path.display()))
-            }
+            Ok(text) => Self::parse(&text)
+                .map(Some)
+                .with_context(|| format!("cannot use the file {}", path.display())),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(error).with_context(|| format!("cannot read {}", path.display())),
         }

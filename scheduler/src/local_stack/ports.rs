@@ -41,8 +41,9 @@ impl Ports {
     /// changed.
     pub fn remembered_or_chosen(file: &Path) -> Result<Self> {
         let remembered: Self = match fs::read_to_string(file) {
-            Ok(text) => serde_json::from_str(&text)
-                .with_context(|| format!("{} is not the list of ports that `darkroom up` writes", file.display()))?,
+            Ok(text) => serde_json::from_str(&text).with_context(|| {
+                format!("{} is not the list of ports that `darkroom up` writes", file.display())
+            })?,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Self::default(),
             Err(error) => return Err(error).with_context(|| format!("cannot read {}", file.display())),
         };

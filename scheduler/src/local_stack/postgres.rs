@@ -80,13 +80,16 @@ impl Postgres {
         // The single-user server needs neither a port nor a password, and is done when it returns.
         let mut single = user.command(self.programs.join("postgres"), Signal::SIGKILL);
         single.arg("--single").arg("-D").arg(&unfinished).arg("postgres");
-        complete(single, &format!("CREATE DATABASE {NAME};\n")).await.context("cannot create the database")?;
-        fs::rename(&unfinished, folder.join("data")).context("cannot move the new database cluster in place")?;
+        complete(single, &format!("CREATE DATABASE {NAME};\n"))
+            .await
+            .context("cannot create the database")?;
+        fs::rename(&unfinished, folder.join("data"))
+            .context("cannot move the new database cluster in place")?;
         Ok(true)
     }
 
     /// Starts the server and waits until it accepts connections.
-    pub async fn start(&self, children: &ChildrenFile) -> Result<(ServerProcess, Duration)> {
+    pub async fn start(&self, children: &ChildrenFile) -> Result<ServerProcess> {
         // SIGINT is PostgreSQL's "fast" shutdown: open sessions are ended, nothing committed is lost.
         let mut command = self.data_dir.server_user.command(self.programs.join("postgres"), Signal::SIGINT);
         command.arg("-D").arg(self.data_dir.postgres().join("data"));
@@ -102,14 +105,14 @@ impl Postgres {
         let log = self.data_dir.logs().join("postgres.log");
         let mut process = ServerProcess::spawn("postgres", command, Signal::SIGINT, &log, children)?;
         let port = self.port.to_string();
-        let took = process
+        process
             .wait_until_ready(READY_LIMIT, async || {
                 let mut question = Command::new(self.programs.join("pg_isready"));
                 question.args(["-q", "-h", "127.0.0.1", "-p", &port, "-U", NAME, "-d", NAME]);
                 question.status().await.is_ok_and(|status| status.success())
             })
             .await?;
-        Ok((process, took))
+        Ok(process)
     }
 }
 

@@ -39,7 +39,8 @@ pub struct RabbitMq {
 impl RabbitMq {
     /// Finds the installed RabbitMQ and its Erlang port mapper.
     pub fn find(data_dir: &DataDir, ports: Ports) -> Result<Self> {
-        const HINT: &str = "hint: run `make deps`, or `apt-get install rabbitmq-server` (its own service need not run)";
+        const HINT: &str =
+            "hint: run `make deps`, or `apt-get install rabbitmq-server` (its own service need not run)";
         if !Path::new(PROGRAMS).join("rabbitmq-server").exists() {
             bail!("RabbitMQ is not installed: no {PROGRAMS}/rabbitmq-server\n{HINT}");
         }
@@ -78,11 +79,11 @@ impl RabbitMq {
     }
 
     /// Starts the node and waits until a client can log in at `url`.
-    pub async fn start(&self, url: &SecretString, children: &ChildrenFile) -> Result<(ServerProcess, Duration)> {
+    pub async fn start(&self, url: &SecretString, children: &ChildrenFile) -> Result<ServerProcess> {
         let log = self.data_dir.logs().join("rabbitmq.log");
         let mut process = ServerProcess::spawn("rabbitmq", self.command(), Signal::SIGTERM, &log, children)?;
-        let took = process.wait_until_ready(READY_LIMIT, async || amqp::answers(url).await).await?;
-        Ok((process, took))
+        process.wait_until_ready(READY_LIMIT, async || amqp::answers(url).await).await?;
+        Ok(process)
     }
 
     fn command(&self) -> Command {

@@ -16,7 +16,7 @@ use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use tracing::{debug, info, warn};
+use tracing::{debug, warn};
 
 use super::credentials::{Credentials, NAME};
 
@@ -31,7 +31,8 @@ impl S3Server {
     /// Serves `folder` on 127.0.0.1:`port`, with the bucket `darkroom` in it.
     pub async fn start(folder: &Path, port: u16, credentials: &Credentials) -> Result<Self> {
         let bucket = folder.join(NAME);
-        fs::create_dir_all(&bucket).with_context(|| format!("cannot create the bucket {}", bucket.display()))?;
+        fs::create_dir_all(&bucket)
+            .with_context(|| format!("cannot create the bucket {}", bucket.display()))?;
         let file_system = FileSystem::new(folder)
             .map_err(|error| anyhow::anyhow!("cannot serve {} as S3: {error:?}", folder.display()))?;
         let mut service = S3ServiceBuilder::new(file_system);
@@ -44,7 +45,7 @@ impl S3Server {
             .with_context(|| format!("cannot listen on 127.0.0.1:{port} for S3"))?;
         let shutdown = CancellationToken::new();
         let task = tokio::spawn(serve(listener, service.build(), shutdown.clone()));
-        info!(server = "s3", "Started the S3 server on port {port}");
+        debug!(server = "s3", "Started the S3 server on port {port}");
         Ok(Self { task, shutdown })
     }
 

@@ -14,7 +14,7 @@ use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 use tokio::process::{Child, Command};
 use tokio::time;
-use tracing::{info, warn};
+use tracing::{debug, warn};
 
 use super::server_user::ServerUser;
 
@@ -51,7 +51,7 @@ impl ServerProcess {
         let pid = child.id().context("the child ended before it had a process id")?;
         let pid = Pid::from_raw(i32::try_from(pid)?);
         children.record(name, pid)?;
-        info!(server = name, pid = pid.as_raw(), "Started {name}");
+        debug!(server = name, pid = pid.as_raw(), "Started {name}");
         Ok(Self { name: name.to_owned(), child, pid, stop_signal, log: log.to_owned() })
     }
 
@@ -61,7 +61,7 @@ impl ServerProcess {
     }
 
     /// Asks `answers` again and again until it says yes; an error if the process ends first or `limit` passes.
-    pub async fn wait_until_ready<F>(&mut self, limit: Duration, mut answers: impl FnMut() -> F) -> Result<Duration>
+    pub async fn wait_until_ready<F>(&mut self, limit: Duration, mut answers: impl FnMut() -> F) -> Result<()>
     where
         F: Future<Output = bool>,
     {
@@ -72,7 +72,7 @@ impl ServerProcess {
             }
             // One unanswered question must not use up the whole limit.
             if time::timeout(limit / 4, answers()).await.unwrap_or(false) {
-                return Ok(started.elapsed());
+                return Ok(());
             }
             if started.elapsed() > limit {
                 bail!("{} did not answer within {} s{}", self.name, limit.as_secs(), self.quoted_log());
@@ -98,7 +98,7 @@ impl ServerProcess {
         // Also after a good end: a child of the child must not stay.
         signal_group(self.pid, Signal::SIGKILL)?;
         self.child.wait().await?;
-        info!(server = self.name, "Stopped {}", self.name);
+        debug!(server = self.name, "Stopped {}", self.name);
         Ok(())
     }
 
@@ -204,7 +204,11 @@ impl ChildrenFile {
         }
         for (name, identity) in &stale {
             if !identity.gone_within(grace).await {
-                warn!(server = name, pid = identity.pid, "{name} of an earlier run does not stop; killing it");
+                warn!(
+                    server = name,
+                    pid = identity.pid,
+                    "{name} of an earlier run does not stop; killing it"
+                );
                 signal_group(Pid::from_raw(identity.pid), Signal::SIGKILL)?;
                 identity.gone_within(grace).await;
             }
@@ -232,7 +236,8 @@ mod tests {
         let mut command = ServerUser::Myself.command("/bin/sh", Signal::SIGKILL);
         command.arg("-c").arg(script);
         let process =
-            ServerProcess::spawn("sleeper", command, Signal::SIGTERM, &folder.join("log"), &children).unwrap();
+            ServerProcess::spawn("sleeper", command, Signal::SIGTERM, &folder.join("log"), &children)
+                .unwrap();
         (process, children)
     }
 
@@ -252,7 +257,9 @@ mod tests {
         let (mut process, _) = sleeper(folder.path(), "trap '' TERM; echo up; sleep 1000 & wait; sleep 1000");
         let log = folder.path().join("log");
         process
-            .wait_until_ready(Duration::from_secs(20), async || fs::read_to_string(&log).unwrap().contains("up"))
+            .wait_until_ready(Duration::from_secs(20), async || {
+                fs::read_to_string(&log).unwrap().contains("up")
+            })
             .await
             .unwrap();
         let identity = ProcessIdentity::of(process.pid()).unwrap();

@@ -60,7 +60,8 @@ impl ServerUser {
 
     /// Creates `folder`, private to this user.
     pub fn create_private_folder(self, folder: &Path) -> Result<()> {
-        fs::create_dir_all(folder).with_context(|| format!("cannot create the folder {}", folder.display()))?;
+        fs::create_dir_all(folder)
+            .with_context(|| format!("cannot create the folder {}", folder.display()))?;
         self.own(folder, 0o700)
     }
 
@@ -110,9 +111,11 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let closed = folder.path().join("closed");
         fs::create_dir(&closed).unwrap();
-        fs::set_permissions(&closed, fs::Permissions::from_mode(0o700)).unwrap();
+        for path in [closed.as_path(), folder.path()] {
+            fs::set_permissions(path, fs::Permissions::from_mode(0o700)).unwrap();
+        }
         let obstacle = ServerUser::Nobody.obstacle_to(&closed.join("data/below"));
-        // The temporary folder itself is private too, and the outermost obstacle is the one to report.
+        // Of several obstacles the outermost is the one to report.
         assert_eq!(obstacle, Some((folder.path().to_owned(), 0o700)));
         fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o711)).unwrap();
         assert_eq!(ServerUser::Nobody.obstacle_to(&closed.join("data")), Some((closed.clone(), 0o700)));
@@ -124,7 +127,8 @@ mod tests {
     #[test]
     fn the_command_drops_the_user_before_it_sets_the_death_signal() {
         let command = ServerUser::Nobody.command("/bin/true", Signal::SIGINT);
-        let arguments: Vec<_> = command.as_std().get_args().map(|argument| argument.to_string_lossy()).collect();
+        let arguments: Vec<_> =
+            command.as_std().get_args().map(|argument| argument.to_string_lossy()).collect();
         assert_eq!(
             arguments,
             ["--reuid=65534", "--regid=65534", "--clear-groups", "--pdeathsig=INT", "--", "/bin/true"]

@@ -108,7 +108,9 @@ impl Workers {
             match catalog.models().await {
                 Ok(models) => models.into_iter().for_each(|model| self.make_places(&model.name)),
                 // The database may be restarting. The workers that run are tended all the same.
-                Err(error) => warn!(error = format!("{:#}", anyhow::Error::from(error)), "Cannot list the models"),
+                Err(error) => {
+                    warn!(error = format!("{:#}", anyhow::Error::from(error)), "Cannot list the models")
+                }
             }
             for index in 0..self.places.len() {
                 self.tend_place(index).await?;
@@ -187,6 +189,9 @@ mod tests {
     #[test]
     fn a_missing_worker_program_is_told_with_a_way_out() {
         let error = find_binary(Some(Path::new("/nowhere/darkroom-worker"))).unwrap_err().to_string();
-        assert!(error.starts_with("there is no worker program at /nowhere/darkroom-worker\nhint: "), "{error}");
+        assert!(
+            error.starts_with("there is no worker program at /nowhere/darkroom-worker\nhint: "),
+            "{error}"
+        );
     }
 }

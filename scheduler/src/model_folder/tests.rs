@@ -50,7 +50,21 @@ fn a_complete_folder_tells_size_noise_scheduler_and_files() {
     assert_eq!(model.default_noise_scheduler, NoiseScheduler::Pndm);
     assert!(model.has_safety_checker);
     let names: Vec<_> = model.files.iter().map(|(path, _)| path.as_str()).collect();
-    insta::assert_snapshot!(names.join("\n"), @"");
+    insta::assert_snapshot!(names.join("\n"), @"
+    feature_extractor/config.json
+    model_index.json
+    safety_checker/config.json
+    safety_checker/model.safetensors
+    scheduler/scheduler_config.json
+    text_encoder/config.json
+    text_encoder/model.safetensors
+    tokenizer/config.json
+    tokenizer/merges.txt
+    unet/config.json
+    unet/model.safetensors
+    vae/config.json
+    vae/model.safetensors
+    ");
 
     let mut bytes = 0;
     let components = model.hash(|read| bytes += read).unwrap();
@@ -125,7 +139,24 @@ fn each_fault_is_told_so_that_it_can_be_mended() {
             error(folder.path())
         })
         .collect();
-    insta::assert_snapshot!(told.join("\n\n"), @"");
+    insta::assert_snapshot!(told.join("\n\n"), @r#"
+    this is not a model in the diffusers layout, which has a model_index.json beside the folders unet, vae, text_encoder, tokenizer and scheduler: cannot read DIR/model_index.json: No such file or directory (os error 2)
+
+    the model's pipeline has to be StableDiffusionPipeline (Stable Diffusion v1), but model_index.json says "StableDiffusionXLPipeline"
+
+    the model has no vae: DIR/vae is not there
+
+    DIR/unet has no .safetensors file
+    hint: pickled weights (.bin, .ckpt) are not read; convert them with diffusers' `save_pretrained(..., safe_serialization=True)`
+
+    sample_size in DIR/unet/config.json has to be one or two whole numbers, but is "big"
+
+    the model's own size has to be a multiple of 8, from 64 to 2048, but is 8000 (sample_size 1000 × 8)
+
+    DIR/vae/config.json has no list of 1 to 8 block_out_channels
+
+    the model's noise scheduler has to be one of PNDMScheduler, DDIMScheduler, EulerDiscreteScheduler, EulerAncestralDiscreteScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler, LMSDiscreteScheduler, but DIR/scheduler/scheduler_config.json says "HeunScheduler"
+    "#);
 }
 
 #[test]

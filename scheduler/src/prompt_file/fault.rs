@@ -56,9 +56,11 @@ pub enum Trouble {
         found: usize,
     },
     /// Bytes that are not UTF-8.
-    #[error("text has to be UTF-8, but byte {position} of the line is {byte:#04x}")]
+    #[error("text has to be UTF-8, but byte {position} of {place} is {byte:#04x}")]
     NotUtf8 {
-        /// Counted from 1 within the line or cell.
+        /// Where the bytes are: the line, a column's name, a field.
+        place: String,
+        /// Counted from 1 within the place.
         position: usize,
         /// The byte.
         byte: u8,
@@ -75,9 +77,10 @@ pub enum Trouble {
 }
 
 impl Trouble {
-    pub(super) fn not_utf8(bytes: &[u8], error: std::str::Utf8Error) -> Self {
+    pub(super) fn not_utf8(place: impl fmt::Display, bytes: &[u8], error: std::str::Utf8Error) -> Self {
         let position = error.valid_up_to();
-        Self::NotUtf8 { position: position + 1, byte: bytes.get(position).copied().unwrap_or_default() }
+        let byte = bytes.get(position).copied().unwrap_or_default();
+        Self::NotUtf8 { place: place.to_string(), position: position + 1, byte }
     }
 }
 

@@ -2,7 +2,7 @@
 use csv::ByteRecord;
 use schema::{JobSpec, SpecField};
 
-use super::{InputFault, PromptFile, PromptLine, Trouble, field_name};
+use super::{InputFault, PromptFile, Trouble, field_name};
 
 pub(super) fn read(bytes: &[u8]) -> PromptFile {
     let mut file = PromptFile::default();
@@ -25,10 +25,8 @@ pub(super) fn read(bytes: &[u8]) -> PromptFile {
             }
             continue;
         };
-        match row(columns, &record) {
-            Ok(spec) => file.lines.push(PromptLine { line, spec }),
-            Err(troubles) => file.faults.extend(troubles.into_iter().map(|trouble| InputFault { line, trouble })),
-        }
+        let (spec, troubles) = row(columns, &record);
+        file.push(line, spec, troubles);
     }
     file
 }
@@ -41,7 +39,7 @@ fn header(record: &ByteRecord) -> Result<Vec<Option<SpecField>>, Vec<Trouble>> {
         let name = match std::str::from_utf8(cell) {
             Ok(name) => name,
             Err(error) => {
-                troubles.push(Trouble::not_utf8(cell, error));
+                troubles.push(Trouble::not_utf8("a column's name", cell, error));
                 continue;
             }
         };
@@ -56,16 +54,20 @@ fn header(record: &ByteRecord) -> Result<Vec<Option<SpecField>>, Vec<Trouble>> {
         columns.push(field);
     }
     if !columns.contains(&Some(SpecField::Prompt)) {
-        let names: Vec<_> = record.iter().map(|cell| format!("{:?}", String::from_utf8_lossy(cell))).collect();
+        let names: Vec<_> =
+            record.iter().map(|cell| format!("{:?}", String::from_utf8_lossy(cell))).collect();
         // First, because it explains the others: most likely there is no header at all.
         troubles.insert(0, Trouble::NoPromptColumn { columns: names.join(", ") });
     }
     if troubles.is_empty() { Ok(columns) } else { Err(troubles) }
 }
 
-fn row(columns: &[Option<SpecField>], record: &ByteRecord) -> Result<JobSpec, Vec<Trouble>> {
+/// What the record says as far as it can be read, and what cannot.
+fn row(columns: &[Option<SpecField>], record: &ByteRecord) -> (JobSpec, Vec<Trouble>) {
     if record.len() != columns.len() {
-        return Err(vec![Trouble::CellCount { expected: columns.len(), found: record.len() }]);
+        // Which cell belongs to which column is anybody's guess.
+        let trouble = Trouble::CellCount { expected: columns.len(), found: record.len() };
+        return (JobSpec::default(), vec![trouble]);
     }
     let mut spec = JobSpec::default();
     let mut troubles = Vec::new();
@@ -73,10 +75,10 @@ fn row(columns: &[Option<SpecField>], record: &ByteRecord) -> Result<JobSpec, Ve
         let Some(field) = field else { continue };
         match std::str::from_utf8(cell) {
             Ok(text) => troubles.extend(spec.set(field, text).err().map(Trouble::Value)),
-            Err(error) => troubles.push(Trouble::not_utf8(cell, error)),
+            Err(error) => troubles.push(Trouble::not_utf8(format_args!("`{field}`"), cell, error)),
         }
     }
-    if troubles.is_empty() { Ok(spec) } else { Err(troubles) }
+    (spec, troubles)
 }
 
 /// Tells the line of a record. The reader's own count starts a record at the end of the one before, so blank lines in
@@ -89,7 +91,8 @@ struct LineCounter<'a> {
 
 impl LineCounter<'_> {
     fn line_of(&mut self, record: &ByteRecord) -> u32 {
-        let start = record.position().map_or(0, |position| usize::try_from(position.byte()).unwrap_or(usize::MAX));
+        let start =
+            record.position().map_or(0, |position| usize::try_from(position.byte()).unwrap_or(usize::MAX));
         let rest = self.bytes.get(start..).unwrap_or_default();
         let blank = rest.iter().take_while(|&&byte| byte == b'\n' || byte == b'\r').count();
         let end = (start + blank).min(self.bytes.len()).max(self.counted);
@@ -141,19 +144,36 @@ mod tests {
     #[test]
     fn every_fault_of_every_line_is_told() {
         insta::assert_snapshot!(
-            faults("prompt,seed,width,scheduler\na,-1,wide,ddim\nb,1\nc,1.5,,k_euler\nd,2,64,ddim\n"), @"");
+            faults("prompt,seed,width,scheduler\na,-1,wide,ddim\nb,1\nc,1.5,,k_euler\nd,2,64,ddim\n"), @r#"
+        2: `seed` has to be a whole number from 0 to 4294967295 (the noise generator keeps 32 bits), but is "-1"
+        2: `width` has to be a multiple of 8, from 64 to 2048, but is "wide"
+        3: a line has to have 4 cells like the first line, but this one has 2
+        4: `seed` has to be a whole number from 0 to 4294967295 (the noise generator keeps 32 bits), but is "1.5"
+        4: `scheduler` has to be one of pndm, ddim, euler, euler_a, dpmpp_2m, dpmpp_2m_karras, unipc, lms, but is "k_euler"
+        "#);
     }
 
     #[test]
     fn a_bad_header_is_told_once() {
-        insta::assert_snapshot!(faults("promt,seed,category,Steps,ddim_steps\na,1,x,2,3\n"), @"");
-        insta::assert_snapshot!(faults("a red cat\na blue dog, sitting\n"), @"");
+        insta::assert_snapshot!(faults("promt,seed,category,Steps,ddim_steps\na,1,x,2,3\n"), @r#"
+        1: a column `prompt` has to be in the first line, but it has "promt", "seed", "category", "Steps", "ddim_steps"; for one prompt a line without a header use --format text
+        1: no job has a field "promt"; did you mean `prompt`?
+        1: no job has a field "category"; the fields are prompt, negative_prompt, seed, num_inference_steps, guidance_scale, width, height, scheduler, client_ref
+        1: the field `num_inference_steps` comes twice, the second time as "ddim_steps"
+        "#);
+        insta::assert_snapshot!(faults("a red cat\na blue dog, sitting\n"), @r#"
+        1: a column `prompt` has to be in the first line, but it has "a red cat"; for one prompt a line without a header use --format text
+        1: no job has a field "a red cat"; the fields are prompt, negative_prompt, seed, num_inference_steps, guidance_scale, width, height, scheduler, client_ref
+        "#);
     }
 
     #[test]
     fn bytes_that_are_not_utf8_are_told_by_cell() {
         let file = read(b"prompt,neg\n\xFF,b\xFE\n");
         let faults: Vec<_> = file.faults.iter().map(ToString::to_string).collect();
-        insta::assert_snapshot!(faults.join("\n"), @"");
+        insta::assert_snapshot!(faults.join("\n"), @"
+        2: text has to be UTF-8, but byte 1 of `prompt` is 0xff
+        2: text has to be UTF-8, but byte 2 of `negative_prompt` is 0xfe
+        ");
     }
 }

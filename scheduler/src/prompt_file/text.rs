@@ -10,9 +10,14 @@ pub(super) fn read(bytes: &[u8]) -> PromptFile {
         match std::str::from_utf8(bytes) {
             Ok(text) if text.trim().is_empty() => {}
             Ok(text) => {
-                file.lines.push(PromptLine { line, spec: JobSpec { prompt: text.to_owned(), ..JobSpec::default() } });
+                file.lines.push(PromptLine {
+                    line,
+                    spec: JobSpec { prompt: text.to_owned(), ..JobSpec::default() },
+                });
             }
-            Err(error) => file.faults.push(InputFault { line, trouble: Trouble::not_utf8(bytes, error) }),
+            Err(error) => {
+                file.faults.push(InputFault { line, trouble: Trouble::not_utf8("the line", bytes, error) })
+            }
         }
     }
     file

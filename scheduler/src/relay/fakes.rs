@@ -4,8 +4,8 @@ use std::sync::Mutex;
 use std::time::Duration;
 
 use schema::{
-    BatchId, CatalogError, JobId, Model, ModelId, NoiseScheduler, PriorityBand, PublishableJob, QueueDeclaration,
-    Sha256Digest,
+    BatchId, CatalogError, JobId, Model, ModelId, NoiseScheduler, PriorityBand, PublishableJob,
+    QueueDeclaration, Sha256Digest,
 };
 
 use super::Backlog;
@@ -71,7 +71,8 @@ impl Backlog for FakeBacklog {
         limit: u32,
     ) -> Result<Vec<PublishableJob>, CatalogError> {
         let published = self.published.lock().unwrap();
-        let waiting = self.jobs.iter().filter(|job| band == PriorityBand::Normal && !published.contains(&job.job_id));
+        let waiting =
+            self.jobs.iter().filter(|job| band == PriorityBand::Normal && !published.contains(&job.job_id));
         Ok(waiting.take(limit as usize).cloned().collect())
     }
 
@@ -143,7 +144,11 @@ impl Queue for FakeQueue {
         Ok(())
     }
 
-    async fn publish(&self, name: &str, messages: &[OutgoingMessage]) -> Result<Vec<PublishOutcome>, QueueError> {
+    async fn publish(
+        &self,
+        name: &str,
+        messages: &[OutgoingMessage],
+    ) -> Result<Vec<PublishOutcome>, QueueError> {
         self.calls.lock().unwrap().push((name.to_owned(), messages.to_vec()));
         let outcomes = self.outcomes.lock().unwrap();
         let outcome = |place| outcomes.get(&place).copied().unwrap_or(PublishOutcome::Confirmed);

@@ -23,7 +23,10 @@ async fn a_large_watermark_is_filled_in_several_calls() {
     let (backlog, queue) = (FakeBacklog::with_jobs(2_500), FakeQueue::default());
     let report = run(&mut Relay::new(10_000), &backlog, &queue).await;
     assert_eq!(report.published, 2_500);
-    assert_eq!(queue.calls().iter().map(|(_, messages)| messages.len()).collect::<Vec<_>>(), [1_000, 1_000, 500]);
+    assert_eq!(
+        queue.calls().iter().map(|(_, messages)| messages.len()).collect::<Vec<_>>(),
+        [1_000, 1_000, 500]
+    );
 }
 
 #[tokio::test]

@@ -1,4 +1,5 @@
 //! A folder with a local stack in it, and the program run as people run it.
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::os::unix::fs::PermissionsExt;
@@ -73,7 +74,10 @@ impl Folder {
     /// The smallest folder that `models add` takes for a model.
     pub fn write_model(&self) -> PathBuf {
         let write = |path: &str, value: Value| self.write(&format!("model/{path}"), &value.to_string());
-        write("model_index.json", json!({"_class_name": "StableDiffusionPipeline", "safety_checker": [null, null]}));
+        write(
+            "model_index.json",
+            json!({"_class_name": "StableDiffusionPipeline", "safety_checker": [null, null]}),
+        );
         write("unet/config.json", json!({"sample_size": 16}));
         write("vae/config.json", json!({"block_out_channels": [1, 1, 1, 1]}));
         write("scheduler/scheduler_config.json", json!({"_class_name": "PNDMScheduler"}));
@@ -87,7 +91,9 @@ impl Folder {
     /// The program, with this folder's stack and nothing of ours that could name another.
     pub fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_darkroom"));
-        for name in ["DATABASE_URL", "AMQP_URL", "S3_BUCKET", "AWS_ENDPOINT_URL", "DARKROOM_MODEL", "DARKROOM_LOG"] {
+        for name in
+            ["DATABASE_URL", "AMQP_URL", "S3_BUCKET", "AWS_ENDPOINT_URL", "DARKROOM_MODEL", "DARKROOM_LOG"]
+        {
             command.env_remove(name);
         }
         command.args(arguments).arg("--data-dir").arg(self.data_dir());
@@ -105,14 +111,22 @@ impl Folder {
 
     /// The stack's child processes as they run now.
     pub fn children(&self) -> Vec<ProcessIdentity> {
-        let text = fs::read_to_string(self.data_dir().join("children.json")).unwrap();
-        let children: std::collections::BTreeMap<String, ProcessIdentity> = serde_json::from_str(&text).unwrap();
-        children.into_values().collect()
+        self.children_by_name().into_values().collect()
+    }
+
+    /// One child process of the stack as it runs now.
+    pub fn child(&self, name: &str) -> ProcessIdentity {
+        self.children_by_name()[name]
+    }
+
+    fn children_by_name(&self) -> BTreeMap<String, ProcessIdentity> {
+        serde_json::from_str(&fs::read_to_string(self.data_dir().join("children.json")).unwrap()).unwrap()
     }
 
     /// Deletes a queue with all its messages, behind everyone's back.
     pub async fn delete_queue(&self, amqp_url: &str, name: &str) {
-        let connection = lapin::Connection::connect(amqp_url, lapin::ConnectionProperties::default()).await.unwrap();
+        let connection =
+            lapin::Connection::connect(amqp_url, lapin::ConnectionProperties::default()).await.unwrap();
         let amqp_channel = connection.create_channel().await.unwrap();
         amqp_channel.queue_delete(name.into(), lapin::options::QueueDeleteOptions::default()).await.unwrap();
         connection.close(200, "OK".into()).await.unwrap();
@@ -147,7 +161,10 @@ impl Up {
     }
 
     pub async fn stop_by_signal(self) {
-        ProcessIdentity::of(i32::try_from(self.child.id()).unwrap()).unwrap().signal(Signal::SIGTERM).unwrap();
+        ProcessIdentity::of(i32::try_from(self.child.id()).unwrap())
+            .unwrap()
+            .signal(Signal::SIGTERM)
+            .unwrap();
         self.ended().await;
     }
 

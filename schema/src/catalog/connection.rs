@@ -52,7 +52,9 @@ impl PgCatalog {
     /// [`CatalogError::Misconfigured`] for a bad URL or wrong credentials; [`CatalogError::Unreachable`] when Postgres
     /// refuses, or after ten seconds without an answer.
     pub async fn connect(url: &SecretString, max_connections: u32) -> Result<Self, CatalogError> {
-        let options: PgConnectOptions = url.expose_secret().parse().map_err(CatalogError::from)?;
+        let options: PgConnectOptions = url.expose_secret().parse()?;
+        // Cancelling a large batch takes seconds and is no reason to warn; for slow statements, ask Postgres' own log.
+        let options = options.disable_statement_logging();
         // The pool would repeat a refused connection until its time is up and then not say what was wrong.
         let first = tokio::time::timeout(ACQUIRE_TIMEOUT, options.connect());
         first.await.map_err(|elapsed| CatalogError::Unreachable(elapsed.into()))??.close().await?;

@@ -2,23 +2,22 @@
 //!
 //! It touches no broker. The relay learns of the new jobs by a notification that the commit sends, or by its timer.
 
+mod job_rows;
+
+use job_rows::copy_jobs;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 use sqlx::types::Json;
-use sqlx::{PgConnection, Postgres, Transaction};
+use sqlx::{Postgres, Transaction};
 
 use super::connection::PgCatalog;
-use super::copy::BinaryRows;
 use super::error::CatalogError;
-use crate::id::{AcceptanceId, BatchId, JobId, LicenceId, ModelId};
+use crate::id::{AcceptanceId, BatchId, LicenceId, ModelId};
 use crate::job_spec::SpecDefaults;
 use crate::job_spec::valid::ValidJobSpec;
 use crate::model_name::ModelName;
 use crate::sha256::Sha256Digest;
 use crate::state::PriorityBand;
-
-/// Bytes of rows sent at a time: large enough to make the sends few, small enough to keep memory flat.
-const COPY_CHUNK: usize = 256 * 1024;
 
 /// A batch to submit.
 #[derive(Clone, Debug)]
@@ -150,15 +149,16 @@ impl ModelTerms {
 
 impl NewBatch {
     /// One digest for the whole request except its key: what "the same batch again" means. Seeds that were drawn
-    /// are left out, since they differ each time the same file is read.
+    /// are left out, since they differ each time the same file is read, and so is the batch's name, which by default is
+    /// the file's: a script that writes its prompts to a fresh temporary file each time sends the same batch.
     fn request_sha256(&self, jobs: &[NewJob]) -> Sha256Digest {
         #[derive(Serialize)]
-        struct Head<'a>(&'a str, &'a ModelName, PriorityBand, u16);
+        struct Head<'a>(&'a ModelName, PriorityBand, u16);
         #[derive(Serialize)]
         struct Line<'a>(&'a ValidJobSpec, bool, Option<u32>);
 
         let mut hasher = JsonHasher(Sha256::new());
-        hasher.write(&Head(&self.name, &self.model, self.band, self.max_attempts));
+        hasher.write(&Head(&self.model, self.band, self.max_attempts));
         for job in jobs {
             let drawn = job.spec.seed_was_drawn();
             let spec = if drawn { &job.spec.without_drawn_seed() } else { &job.spec };
@@ -237,7 +237,7 @@ impl PgCatalog {
             let known = known_batch(&mut transaction, new).await?.ok_or(sqlx::Error::RowNotFound)?;
             return replay(new, known, request_sha256);
         }
-        copy_jobs(&mut transaction, new, &terms, batch_id, jobs).await?;
+        copy_jobs(&mut transaction, new, terms.model_id, batch_id, jobs).await?;
         sqlx::query("SELECT pg_notify('darkroom_jobs', $1)")
             .bind(batch_id.to_string())
             .execute(&mut *transaction)
@@ -297,51 +297,4 @@ async fn model_terms(
 /// The attempts of each job; more than the column holds are as good as that many.
 fn max_attempts(new: &NewBatch) -> i16 {
     i16::try_from(new.max_attempts).unwrap_or(i16::MAX)
-}
-
-/// The columns that [`copy_jobs`] sends, in the order in which it sends them.
-const JOB_COLUMNS: &str = "job_id, batch_id, model_id, ordinal, source_line, client_ref, band, prompt, \
-    negative_prompt, seed, num_inference_steps, guidance_scale, width, height, noise_scheduler, max_attempts, \
-    traceparent";
-const JOB_COLUMN_COUNT: i16 = 17;
-
-async fn copy_jobs(
-    connection: &mut PgConnection,
-    new: &NewBatch,
-    terms: &ModelTerms,
-    batch_id: BatchId,
-    jobs: &[NewJob],
-) -> Result<(), sqlx::Error> {
-    let signed = |number: u32| i32::try_from(number).expect("limits::MAX_* and line numbers fit 31 bits");
-    let statement = format!("COPY jobs ({JOB_COLUMNS}) FROM STDIN WITH (FORMAT binary)");
-    let mut copy = connection.copy_in_raw(&statement).await?;
-    let mut rows = BinaryRows::new();
-    for (ordinal, job) in (0_u32..).zip(jobs) {
-        let spec = &job.spec;
-        rows.begin_row(JOB_COLUMN_COUNT);
-        rows.uuid(JobId::of(batch_id, ordinal).as_uuid());
-        rows.uuid(batch_id.as_uuid());
-        rows.uuid(terms.model_id.as_uuid());
-        rows.integer(signed(ordinal));
-        rows.optional_integer(job.source_line.map(|line| i32::try_from(line).unwrap_or(i32::MAX)));
-        rows.optional_text(spec.client_ref());
-        rows.text(new.band.as_str());
-        rows.text(spec.prompt());
-        rows.text(spec.negative_prompt());
-        rows.bigint(i64::from(spec.seed()));
-        rows.integer(signed(spec.num_inference_steps()));
-        rows.real(spec.guidance_scale());
-        rows.integer(signed(spec.width()));
-        rows.integer(signed(spec.height()));
-        rows.text(spec.noise_scheduler().as_str());
-        rows.smallint(max_attempts(new));
-        rows.optional_text(new.traceparent.as_deref());
-        if rows.len() >= COPY_CHUNK {
-            copy.send(rows.take()).await?;
-        }
-    }
-    rows.finish();
-    copy.send(rows.take()).await?;
-    copy.finish().await?;
-    Ok(())
 }

@@ -249,13 +249,12 @@ proptest! {
             height: Some(height),
             ..JobSpec::default()
         };
-        let side_is_good = |side: u32| side % 8 == 0 && (64..=2048).contains(&side);
+        let side_is_good = |side: u32| side.is_multiple_of(8) && (64..=2048).contains(&side);
         let is_good = !prompt.trim().is_empty()
             && !prompt.contains('\0')
             && seed < 1 << 32
             && (1..1000).contains(&steps)
-            && guidance >= 0.0
-            && guidance <= 50.0
+            && (0.0..=50.0).contains(&guidance)
             && side_is_good(width)
             && side_is_good(height)
             && u64::from(width) * u64::from(height) <= 2_097_152;

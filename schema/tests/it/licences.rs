@@ -13,7 +13,7 @@ async fn registering_the_same_model_again_changes_only_the_folder() {
     assert!(again.was_known);
     assert_eq!(again.model.model_id, fixture.model.model_id);
     assert_eq!(again.model.folder, "elsewhere");
-    assert_eq!(fixture.catalog.models().await.unwrap(), [again.model.clone()]);
+    assert_eq!(fixture.catalog.models().await.unwrap(), std::slice::from_ref(&again.model));
     assert_eq!(fixture.catalog.model_by_name(&new.name).await.unwrap(), Some(again.model));
     assert_eq!(fixture.catalog.model_by_name(&"none".parse().unwrap()).await.unwrap(), None);
 }

@@ -8,6 +8,7 @@ mod cancellation;
 mod claims;
 mod completion;
 mod constraints;
+mod image_constraints;
 mod interleavings;
 mod licences;
 mod migrations;

@@ -93,7 +93,9 @@ impl CLIPImageProcessor {
         let resized = resize_bicubic(pixels, width, height);
         let (crop_height, crop_width) = self.crop.unwrap_or((height, width));
         if crop_height > height || crop_width > width {
-            return Err(TchError::Shape(format!("cannot crop {crop_height}x{crop_width} out of {height}x{width}")));
+            return Err(TchError::Shape(format!(
+                "cannot crop {crop_height}x{crop_width} out of {height}x{width}"
+            )));
         }
         let (top, left) = ((height - crop_height) / 2, (width - crop_width) / 2);
         let mut values = Vec::with_capacity(NUM_CHANNELS * crop_height * crop_width);
@@ -273,7 +275,8 @@ mod tests {
         let new = r#"{"size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224}}"#;
         assert_eq!(old.output_size(), Some((224, 224)));
         assert_eq!(processor(new).unwrap().output_size(), Some((224, 224)));
-        let faults = processor(r#"{"size": 32, "crop_size": 64, "image_mean": [1], "resample": 2}"#).unwrap_err();
+        let faults =
+            processor(r#"{"size": 32, "crop_size": 64, "image_mean": [1], "resample": 2}"#).unwrap_err();
         assert_eq!(faults.len(), 3, "{faults:#?}");
     }
 

@@ -79,13 +79,17 @@ impl CLIPTokenizer {
             }
         };
         let special_tokens = SPECIAL_TOKENS.map(|(role, default)| {
-            let value = config.get(role).or_else(|| special_tokens_map.as_ref().and_then(|map| map.get(role)));
-            value.map_or_else(|| special_token(default), |value| {
-                parse_special_token(value).unwrap_or_else(|| {
-                    config.fault(role, "a string, or an object with a string `content`");
-                    special_token(default)
-                })
-            })
+            let value =
+                config.get(role).or_else(|| special_tokens_map.as_ref().and_then(|map| map.get(role)));
+            value.map_or_else(
+                || special_token(default),
+                |value| {
+                    parse_special_token(value).unwrap_or_else(|| {
+                        config.fault(role, "a string, or an object with a string `content`");
+                        special_token(default)
+                    })
+                },
+            )
         });
         // The start and end token take two places.
         let model_max_length = config.size("model_max_length", 0, MAX_LENGTH);
@@ -106,7 +110,10 @@ impl CLIPTokenizer {
     ) -> tokenizers::Result<Self> {
         let [bos, eos, unk, pad] = &special_tokens;
         let id = |token: &AddedToken| {
-            vocab.get(&token.content).copied().ok_or_else(|| format!("has no special token `{}`", token.content))
+            vocab
+                .get(&token.content)
+                .copied()
+                .ok_or_else(|| format!("has no special token `{}`", token.content))
         };
         let (bos_id, eos_id, pad_id) = (id(bos)?, id(eos)?, id(pad)?);
         let model = BPE::builder()

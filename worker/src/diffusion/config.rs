@@ -81,7 +81,8 @@ impl ConfigFile {
     /// A list of counts or sizes in `1..=max`, at least one of them.
     pub fn sizes(&self, field: &str, default: &[i64], max: i64) -> Vec<i64> {
         let Some(value) = self.get(field) else { return default.to_vec() };
-        let sizes = value.as_array().and_then(|items| items.iter().map(Value::as_i64).collect::<Option<Vec<_>>>());
+        let sizes =
+            value.as_array().and_then(|items| items.iter().map(Value::as_i64).collect::<Option<Vec<_>>>());
         match sizes {
             Some(sizes) if !sizes.is_empty() && sizes.iter().all(|size| (1..=max).contains(size)) => sizes,
             _ => {
@@ -155,9 +156,9 @@ impl ConfigFile {
         parse: fn(&str) -> Option<T>,
     ) -> Vec<T> {
         let Some(value) = self.get(field) else { return default.to_vec() };
-        let parsed = value
-            .as_array()
-            .and_then(|items| items.iter().map(|item| item.as_str().and_then(parse)).collect::<Option<Vec<_>>>());
+        let parsed = value.as_array().and_then(|items| {
+            items.iter().map(|item| item.as_str().and_then(parse)).collect::<Option<Vec<_>>>()
+        });
         parsed.filter(|items| !items.is_empty()).unwrap_or_else(|| {
             self.fault(field, format!("a list of {choices}"));
             default.to_vec()

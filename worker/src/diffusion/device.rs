@@ -6,6 +6,7 @@
 //! the rest of the process. So [`ComputeDevice::open`] belongs at the top of `main`.
 
 use std::fmt;
+use std::num::NonZeroUsize;
 use std::str::FromStr;
 use std::sync::OnceLock;
 
@@ -73,8 +74,13 @@ pub enum ComputeDevice {
 impl ComputeDevice {
     /// Makes the device usable: opens the CUDA libraries for a GPU and checks that it is there. Must come before any
     /// other use of libtorch in the process; calling it again is free.
+    ///
+    /// On the CPU, [`set_threads_per_picture`] takes effect here, with one thread, unless it was called before.
     pub fn open(self) -> Result<(), DeviceError> {
-        let Self::Cuda(index) = self else { return Ok(()) };
+        let Self::Cuda(index) = self else {
+            threads_per_picture();
+            return Ok(());
+        };
         open_cuda_libraries()?;
         if !tch::Cuda::is_available() {
             return Err(DeviceError::NoGpu);
@@ -98,6 +104,43 @@ impl ComputeDevice {
             Self::Cuda(index) => tch::Device::Cuda(index),
         }
     }
+}
+
+/// Threads that compute one picture on the CPU, once it is decided.
+static THREADS_PER_PICTURE: OnceLock<NonZeroUsize> = OnceLock::new();
+
+/// Lets this many threads of the CPU work on one picture; call it before [`ComputeDevice::open`], it counts once.
+///
+/// Without it, it is one: then a picture's last bits do not depend on how many cores a machine has, and several pictures
+/// are drawn side by side, which is faster than sharing the small operations of one among threads. More threads make a
+/// single picture faster on an idle machine, and much slower on a busy one, as they wait for each other by spinning.
+pub fn set_threads_per_picture(threads: NonZeroUsize) {
+    THREADS_PER_PICTURE.get_or_init(|| {
+        limit_threads(threads);
+        threads
+    });
+}
+
+/// Threads that work on one picture on the CPU.
+fn threads_per_picture() -> NonZeroUsize {
+    set_threads_per_picture(NonZeroUsize::MIN);
+    *THREADS_PER_PICTURE.get_or_init(|| NonZeroUsize::MIN)
+}
+
+/// Applies [`set_threads_per_picture`] to a thread of ours that is about to compute. libtorch's limit is the process's, but
+/// OpenMP, below it, keeps one for each thread.
+pub(crate) fn prepare_thread() {
+    limit_threads(threads_per_picture());
+}
+
+/// How many pictures are drawn side by side on the CPU.
+pub(crate) fn pictures_at_once() -> usize {
+    let cores = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
+    (cores / threads_per_picture()).max(1)
+}
+
+fn limit_threads(threads: NonZeroUsize) {
+    tch::set_num_threads(i32::try_from(threads.get()).unwrap_or(i32::MAX));
 }
 
 /// Opens libtorch's CUDA half once in the process and never closes it: closing would unmap kernels that libtorch's

@@ -141,10 +141,14 @@ impl LoadError {
             hints.push("the folder must hold a diffusers checkpoint: model_index.json, unet/, vae/, text_encoder/, …");
         }
         if any(|fault| matches!(fault, Fault::MissingFile { file } if file.ends_with(".safetensors"))) {
-            hints.push("weights are read from .safetensors files; .bin and .ckpt files must be converted first");
+            hints.push(
+                "weights are read from .safetensors files; .bin and .ckpt files must be converted first",
+            );
         }
         if any(|fault| matches!(fault, Fault::Safetensors { .. })) {
-            hints.push("the download may have been cut short: compare the file's size and SHA-256 with its source");
+            hints.push(
+                "the download may have been cut short: compare the file's size and SHA-256 with its source",
+            );
         }
         if any(|fault| matches!(fault, Fault::MisshapenKey { .. })) {
             hints.push("weights and config.json may come from different checkpoints");

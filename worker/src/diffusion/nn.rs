@@ -14,7 +14,19 @@ pub struct Linear {
 impl Linear {
     /// A layer with a bias.
     pub fn load(weights: &Weights<'_>, in_features: i64, out_features: i64) -> Self {
-        Self { bias: Some(weights.tensor("bias", &[out_features])), ..Self::without_bias(weights, in_features, out_features) }
+        Self {
+            bias: Some(weights.tensor("bias", &[out_features])),
+            ..Self::without_bias(weights, in_features, out_features)
+        }
+    }
+
+    /// A 1×1 convolution as the layer that it is over the channels of each pixel.
+    pub fn from_pointwise_conv(weights: &Weights<'_>, in_channels: i64, out_channels: i64) -> Self {
+        let shape = [out_channels, in_channels];
+        Self {
+            weight: weights.reshaped_tensor("weight", &[out_channels, in_channels, 1, 1], &shape),
+            bias: Some(weights.tensor("bias", &[out_channels])),
+        }
     }
 
     /// A layer without a bias.
@@ -72,7 +84,8 @@ pub struct GroupNorm {
 impl GroupNorm {
     /// `num_groups` divides `num_channels`; the configs are checked for it.
     pub fn load(weights: &Weights<'_>, num_groups: i64, num_channels: i64, eps: f64) -> Self {
-        let (weight, bias) = (weights.tensor("weight", &[num_channels]), weights.tensor("bias", &[num_channels]));
+        let (weight, bias) =
+            (weights.tensor("weight", &[num_channels]), weights.tensor("bias", &[num_channels]));
         Self { weight, bias, num_groups, eps }
     }
 

@@ -4,11 +4,12 @@
 //! A picture depends on its request, the parameters, the weights and the kind of device, and on nothing else. So each
 //! picture has its own generator, its own noise scheduler and its own latents; prompts are encoded, latents decoded
 //! and pictures checked one by one. Only the UNet sees several pictures at once, and only on a GPU: on the CPU kernels
-//! choose their order of summation by the batch's shape, and a picture's last bits would depend on its neighbours.
+//! choose their order of summation by the batch's shape and the number of threads, and a picture's last bits would
+//! depend on its neighbours and on the machine. There, pictures are denoised side by side instead, one thread each.
 
 mod denoising;
+mod generation;
 mod loading;
-mod types;
 
 use std::collections::HashMap;
 use std::time::Instant;
@@ -16,11 +17,11 @@ use std::time::Instant;
 use tch::{Device, Kind, TchError, Tensor};
 
 use self::denoising::Denoising;
-pub use self::loading::LoadOptions;
-pub use self::types::{
+pub use self::generation::{
     GeneratedImage, Generation, GenerationParameters, ImageError, ImageRequest, InputFault, NoiseKind,
     PipelineError, Stage, StageSeconds, StepControl, StepProgress, size_faults,
 };
+pub use self::loading::LoadOptions;
 use super::clip_image_processor::{CLIPImageProcessor, RgbPixels};
 use super::clip_tokenizer::CLIPTokenizer;
 use super::models::autoencoder_kl::AutoencoderKL;
@@ -147,7 +148,8 @@ impl StableDiffusionPipeline {
         let Some(mut pixels) = decoded else {
             return Ok(Err(ImageError::NonFinite { stage: Stage::VaeDecode }));
         };
-        let safety = match timed(&mut seconds.safety_checker, || self.run_safety_checker(&pixels, parameters)) {
+        let safety = match timed(&mut seconds.safety_checker, || self.run_safety_checker(&pixels, parameters))
+        {
             Ok(verdict) => verdict,
             Err(SafetyCheckError::NonFinite) => {
                 return Ok(Err(ImageError::NonFinite { stage: Stage::SafetyChecker }));

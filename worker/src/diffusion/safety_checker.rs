@@ -116,7 +116,10 @@ impl StableDiffusionSafetyChecker {
 
     /// One verdict for each picture. `clip_input` is what the feature extractor made, of shape
     /// `(batch_size, 3, image_size, image_size)` in the compute dtype.
-    pub fn forward(&self, clip_input: &Tensor) -> Result<Vec<Result<SafetyVerdict, SafetyCheckError>>, TchError> {
+    pub fn forward(
+        &self,
+        clip_input: &Tensor,
+    ) -> Result<Vec<Result<SafetyVerdict, SafetyCheckError>>, TchError> {
         let image_embeds = self.visual_projection.forward(&self.vision_model.forward(clip_input)?)?;
         let special_care = to_rows(&cosine_distance(&image_embeds, &self.special_care_embeds)?)?;
         let concepts = to_rows(&cosine_distance(&image_embeds, &self.concept_embeds)?)?;
@@ -150,7 +153,8 @@ fn judge(
         }
         special_care_scores.push(score);
     }
-    let concept_scores: Vec<f32> = raw_concept_scores.iter().map(|raw| round_score(raw + adjustment)).collect();
+    let concept_scores: Vec<f32> =
+        raw_concept_scores.iter().map(|raw| round_score(raw + adjustment)).collect();
     Ok(SafetyVerdict {
         has_nsfw_concept: concept_scores.iter().any(|&score| score > 0.0),
         concept_scores,

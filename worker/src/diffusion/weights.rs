@@ -119,7 +119,8 @@ impl WeightFile {
     pub fn into_faults(self) -> Vec<Fault> {
         let mut faults = self.faults.into_inner();
         let unused = self.entries.into_values().filter(|entry| !entry.used.get());
-        faults.extend(unused.map(|entry| Fault::UnexpectedKey { file: self.file.clone(), key: entry.spelled }));
+        faults
+            .extend(unused.map(|entry| Fault::UnexpectedKey { file: self.file.clone(), key: entry.spelled }));
         faults
     }
 
@@ -175,6 +176,13 @@ impl Weights<'_> {
             self.file.faults.borrow_mut().push(fault);
             Tensor::new()
         })
+    }
+
+    /// As [`Self::tensor`], of shape `file_shape` in the file and `shape`, with as many elements, in the model.
+    pub fn reshaped_tensor(&self, name: &str, file_shape: &[i64], shape: &[i64]) -> Tensor {
+        let tensor = self.tensor(name, file_shape);
+        // An empty tensor stands for a fault that is recorded already.
+        if tensor.defined() { tensor.view(shape) } else { tensor }
     }
 
     /// The device that the tensors are put on.

@@ -5,6 +5,7 @@
 Deterministic: seeded weights, one thread. README.md says what is in the files; VERSIONS.json what made them.
 """
 
+import copy
 import importlib.metadata
 import json
 import platform
@@ -51,7 +52,8 @@ def write_checkpoint(built, folder: Path):
 
 
 def run_all(parts, runs: list[dict]) -> dict[str, torch.Tensor]:
-    return {key: value for run in runs for key, value in pipelines.run_pipeline(parts, run).items()}
+    # Each run has a copy of its own: a run in half precision rounds the weights for good.
+    return {key: value for run in runs for key, value in pipelines.run_pipeline(copy.deepcopy(parts), run).items()}
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ use crate::worker_under_test::{Event, PATIENCE, Setup, WorkerUnderTest};
 
 #[tokio::test]
 async fn what_runs_is_finished_if_it_fits_and_what_waits_goes_back() {
-    let mut worker = WorkerUnderTest::new(Setup { max_microbatch: 2, ..Setup::default() });
+    let mut worker = WorkerUnderTest::new(Setup::full_microbatches(2));
     let gate = Gate::default();
     let passed = gate.clone();
     let jobs = worker.submit_many(0..9);
@@ -47,7 +47,7 @@ async fn what_runs_is_finished_if_it_fits_and_what_waits_goes_back() {
 #[tokio::test]
 async fn what_does_not_fit_stops_after_its_step() {
     // An endless microbatch and a minute of grace: only the estimate can stop it before the test's patience is over.
-    let mut worker = WorkerUnderTest::new(Setup { grace: PATIENCE * 2, ..Setup::default() });
+    let mut worker = WorkerUnderTest::new(Setup { grace: PATIENCE * 2, ..Setup::full_microbatches(2) });
     let jobs = worker.submit_many(0..2);
     worker
         .start_scripted(|log| ScriptedPipeline::new(log, |specs, control| Ok(until_stopped(specs, control))))
@@ -96,7 +96,7 @@ async fn the_end_of_the_grace_period_stops_what_was_thought_to_fit() {
 
 #[tokio::test]
 async fn after_a_lost_connection_released_jobs_ask_to_be_published_again() {
-    let mut worker = WorkerUnderTest::new(Setup::default());
+    let mut worker = WorkerUnderTest::new(Setup::full_microbatches(2));
     let jobs = worker.submit_many(0..2);
     worker
         .start_scripted(|log| ScriptedPipeline::new(log, |specs, control| Ok(until_stopped(specs, control))))

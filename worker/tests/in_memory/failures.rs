@@ -24,7 +24,7 @@ fn has_seed(specs: &[&ValidJobSpec], seed: u32) -> bool {
 
 #[tokio::test]
 async fn servers_that_come_back_cost_no_attempt() {
-    let mut worker = WorkerUnderTest::new(Setup::default());
+    let mut worker = WorkerUnderTest::new(Setup::full_microbatches(2));
     let jobs = worker.submit_many(0..2);
     worker.store.failures_left.store(2, Ordering::SeqCst);
     worker.catalog.failures_left.store(2, Ordering::SeqCst);
@@ -58,7 +58,7 @@ async fn jobs_whose_pictures_cannot_be_stored_go_back_unharmed() {
 
 #[tokio::test]
 async fn a_refused_row_does_not_take_its_neighbors_down() {
-    let mut worker = WorkerUnderTest::new(Setup::default());
+    let mut worker = WorkerUnderTest::new(Setup::full_microbatches(4));
     let jobs = worker.submit_many(0..4);
     *worker.catalog.refused_ordinal.lock().unwrap() = Some(1);
     worker.start_scripted(|log| ScriptedPipeline::new(log, |specs, _| Ok(draw(specs)))).await;
@@ -74,7 +74,7 @@ async fn a_refused_row_does_not_take_its_neighbors_down() {
 
 #[tokio::test]
 async fn an_error_of_a_whole_call_is_narrowed_down_to_its_job() {
-    let mut worker = WorkerUnderTest::new(Setup::default());
+    let mut worker = WorkerUnderTest::new(Setup::full_microbatches(4));
     let jobs = worker.submit_many(0..4);
     let fail = |specs: &[&ValidJobSpec]| {
         if has_seed(specs, 2) {
@@ -99,7 +99,7 @@ async fn an_error_of_a_whole_call_is_narrowed_down_to_its_job() {
 
 #[tokio::test]
 async fn short_memory_halves_the_call_and_is_remembered() {
-    let mut worker = WorkerUnderTest::new(Setup::default());
+    let mut worker = WorkerUnderTest::new(Setup::full_microbatches(4));
     worker.submit_many(0..4);
     let fit = |specs: &[&ValidJobSpec]| {
         let batch_size = specs.len();
@@ -133,7 +133,7 @@ async fn short_memory_halves_the_call_and_is_remembered() {
 
 #[tokio::test]
 async fn numbers_that_are_not_finite_fail_their_picture_alone() {
-    let mut worker = WorkerUnderTest::new(Setup::default());
+    let mut worker = WorkerUnderTest::new(Setup::full_microbatches(2));
     let jobs = worker.submit_many(0..2);
     let fail_first = |specs: &[&ValidJobSpec]| {
         let mut pictures = draw(specs);
@@ -156,7 +156,7 @@ async fn numbers_that_are_not_finite_fail_their_picture_alone() {
 
 #[tokio::test]
 async fn a_job_that_failed_before_runs_alone() {
-    let mut worker = WorkerUnderTest::new(Setup::default());
+    let mut worker = WorkerUnderTest::new(Setup::full_microbatches(4));
     let jobs = worker.submit_many(0..4);
     worker.catalog.update(jobs[1], |row| row.attempt = 1);
     worker.start_scripted(|log| ScriptedPipeline::new(log, |specs, _| Ok(draw(specs)))).await;
@@ -170,7 +170,7 @@ async fn a_job_that_failed_before_runs_alone() {
 
 #[tokio::test]
 async fn a_panic_poisons_the_engine_and_gives_back_what_waits() {
-    let mut worker = WorkerUnderTest::new(Setup::default());
+    let mut worker = WorkerUnderTest::new(Setup::full_microbatches(4));
     let first = worker.submit_many(0..4);
     let second = worker.submit_many(4..8);
     let log = worker.log.clone();

@@ -7,7 +7,7 @@ use crate::worker_under_test::{Event, Setup, WorkerUnderTest};
 
 #[tokio::test]
 async fn a_cancelled_job_is_dropped_and_its_neighbors_go_on() {
-    let mut worker = WorkerUnderTest::new(Setup::default());
+    let mut worker = WorkerUnderTest::new(Setup::full_microbatches(4));
     let jobs = worker.submit_many(0..4);
     worker
         .start_scripted(|log| {
@@ -29,7 +29,7 @@ async fn a_cancelled_job_is_dropped_and_its_neighbors_go_on() {
 
 #[tokio::test]
 async fn a_cancellation_without_a_notice_is_seen_at_the_next_tick() {
-    let mut worker = WorkerUnderTest::new(Setup::default());
+    let mut worker = WorkerUnderTest::new(Setup::full_microbatches(2));
     let jobs = worker.submit_many(0..2);
     worker
         .start_scripted(|log| {
@@ -46,7 +46,7 @@ async fn a_cancellation_without_a_notice_is_seen_at_the_next_tick() {
 
 #[tokio::test]
 async fn a_microbatch_that_is_lost_whole_ends_early() {
-    let mut worker = WorkerUnderTest::new(Setup::default());
+    let mut worker = WorkerUnderTest::new(Setup::full_microbatches(2));
     let jobs = worker.submit_many(0..2);
     worker
         .start_scripted(|log| {

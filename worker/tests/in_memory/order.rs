@@ -48,7 +48,7 @@ async fn each_job_is_stored_then_completed_then_acked() {
 
 #[tokio::test]
 async fn one_transaction_completes_a_microbatch() {
-    let mut worker = WorkerUnderTest::new(Setup::default());
+    let mut worker = WorkerUnderTest::new(Setup::full_microbatches(4));
     worker.submit_many(0..4);
     worker.start_solid_color(Duration::ZERO).await;
     worker.wait_for_acks(4).await;

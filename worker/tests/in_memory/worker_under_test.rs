@@ -105,6 +105,13 @@ impl Default for Setup {
     }
 }
 
+impl Setup {
+    /// Microbatches wait until they have exactly so many jobs, however slow the machine is.
+    pub fn full_microbatches(of: usize) -> Self {
+        Self { max_microbatch: of, max_wait: PATIENCE, ..Self::default() }
+    }
+}
+
 pub struct WorkerUnderTest {
     pub queue: Arc<MemoryQueue>,
     pub store: Arc<MemoryStore>,

@@ -21,6 +21,8 @@ pub const TOLERANCE: f64 = 1e-4;
 
 /// A path among the golden files.
 pub fn golden(path: &str) -> PathBuf {
+    // The tests run side by side already, and the golden files were made with one thread.
+    tch::set_num_threads(1);
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(path)
 }
 
@@ -40,7 +42,12 @@ pub fn config<C>(checkpoint: &str, file: &str, read: fn(ConfigFile) -> Result<C,
 }
 
 /// A weight file of a golden checkpoint, in f32 on the CPU.
-pub fn weights(checkpoint: &str, component: &str, stem: &str, rename: fn(&str) -> Option<String>) -> WeightFile {
+pub fn weights(
+    checkpoint: &str,
+    component: &str,
+    stem: &str,
+    rename: fn(&str) -> Option<String>,
+) -> WeightFile {
     WeightFile::open(&golden(checkpoint), component, stem, ComputeDtype::F32, Device::Cpu, rename).unwrap()
 }
 

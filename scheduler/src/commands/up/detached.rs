@@ -37,7 +37,10 @@ pub(super) async fn run(root: &Path, terminal: Terminal) -> Result<()> {
     let started = time::Instant::now();
     while !ready_file.exists() {
         if let Some(status) = child.try_wait()? {
-            bail!("it ended before it was ready ({status})\n{}", std::fs::read_to_string(&log).unwrap_or_default().trim_end());
+            bail!(
+                "it ended before it was ready ({status})\n{}",
+                std::fs::read_to_string(&log).unwrap_or_default().trim_end()
+            );
         }
         if started.elapsed() > READY_LIMIT {
             if let Some(pid) = child.id() {
@@ -47,27 +50,28 @@ pub(super) async fn run(root: &Path, terminal: Terminal) -> Result<()> {
         }
         time::sleep(POLL_INTERVAL).await;
     }
-    let data = json!({ "data_dir": root, "env_file": data_dir::env_file(root), "log": log, "pid": child.id() });
+    let data =
+        json!({ "data_dir": root, "env_file": data_dir::env_file(root), "log": log, "pid": child.id() });
     terminal.show(&data, || {
         let told = std::fs::read_to_string(&log).unwrap_or_default();
         // What `up` itself tells has no timestamp in front; its log lines do.
-        let told: String =
-            told.lines().filter(|line| line.starts_with(char::is_alphabetic)).map(|line| format!("{line}\n")).collect();
+        let told: String = told
+            .lines()
+            .filter(|line| line.starts_with(char::is_alphabetic))
+            .map(|line| format!("{line}\n"))
+            .collect();
         format!("{told}it runs in the background; stop it with `darkroom down`")
     })
 }
 
 /// Our own arguments for the background process: without the flag, with the ready file, the folder spelled out. What
 /// follows `--` belongs to the worker and stays last.
-fn arguments(
-    ours: impl Iterator<Item = OsString>,
-    ready_file: &Path,
-    root: &Path,
-) -> Vec<OsString> {
+fn arguments(ours: impl Iterator<Item = OsString>, ready_file: &Path, root: &Path) -> Vec<OsString> {
     let ours: Vec<OsString> = ours.collect();
     let end = ours.iter().position(|argument| argument == "--").unwrap_or(ours.len());
     let (before, after) = ours.split_at(end);
-    let mut arguments: Vec<OsString> = before.iter().filter(|argument| *argument != "--detach").cloned().collect();
+    let mut arguments: Vec<OsString> =
+        before.iter().filter(|argument| *argument != "--detach").cloned().collect();
     // The last one counts, but clap takes it only once.
     let mut kept = Vec::new();
     let mut rest = arguments.drain(..);

@@ -124,7 +124,8 @@ impl BasicTransformerBlock {
         hidden_states: &Tensor,
         encoder_hidden_states: Option<&Tensor>,
     ) -> Result<Tensor, TchError> {
-        let attended = self.attn1.forward(&self.norm1.forward(hidden_states)?, None)?.f_add_(hidden_states)?;
+        let attended =
+            self.attn1.forward(&self.norm1.forward(hidden_states)?, None)?.f_add_(hidden_states)?;
         let attended =
             self.attn2.forward(&self.norm2.forward(&attended)?, encoder_hidden_states)?.f_add_(&attended)?;
         self.ff.forward(&self.norm3.forward(&attended)?)?.f_add_(&attended)

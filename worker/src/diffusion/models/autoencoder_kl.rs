@@ -58,8 +58,12 @@ impl AutoencoderKLConfig {
         };
         let num_blocks = read.block_out_channels.len();
         let up_decoder_block = |name: &str| (name == "UpDecoderBlock2D").then_some(());
-        let up_blocks =
-            config.choices("up_block_types", &[()], "\"UpDecoderBlock2D\"", up_decoder_block as fn(&str) -> _);
+        let up_blocks = config.choices(
+            "up_block_types",
+            &[()],
+            "\"UpDecoderBlock2D\"",
+            up_decoder_block as fn(&str) -> _,
+        );
         if num_blocks > MAX_BLOCKS {
             config.fault("block_out_channels", format!("a list of at most {MAX_BLOCKS} integers"));
         }
@@ -68,7 +72,10 @@ impl AutoencoderKLConfig {
         }
         if read.block_out_channels.iter().any(|channels| channels % read.norm_num_groups != 0) {
             let channels = &read.block_out_channels;
-            config.fault("norm_num_groups", format!("a divisor of each of `block_out_channels` ({channels:?})"));
+            config.fault(
+                "norm_num_groups",
+                format!("a divisor of each of `block_out_channels` ({channels:?})"),
+            );
         }
         config.into_result(read)
     }
@@ -95,16 +102,17 @@ impl AutoencoderKL {
             return None;
         }
         let attention = "decoder.mid_block.attentions.0.";
-        let renamed = key.strip_prefix(attention).and_then(|rest| rest.split_once('.')).and_then(|(layer, rest)| {
-            let layer = match layer {
-                "query" => "to_q",
-                "key" => "to_k",
-                "value" => "to_v",
-                "proj_attn" => "to_out.0",
-                _ => return None,
-            };
-            Some(format!("{attention}{layer}.{rest}"))
-        });
+        let renamed =
+            key.strip_prefix(attention).and_then(|rest| rest.split_once('.')).and_then(|(layer, rest)| {
+                let layer = match layer {
+                    "query" => "to_q",
+                    "key" => "to_k",
+                    "value" => "to_v",
+                    "proj_attn" => "to_out.0",
+                    _ => return None,
+                };
+                Some(format!("{attention}{layer}.{rest}"))
+            });
         Some(renamed.unwrap_or_else(|| key.to_owned()))
     }
 
@@ -141,7 +149,10 @@ mod tests {
         let renamed = |key: &str| AutoencoderKL::rename_key(key);
         for (old, new) in [("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")] {
             let expected = format!("decoder.mid_block.attentions.0.{new}.weight");
-            assert_eq!(renamed(&format!("decoder.mid_block.attentions.0.{old}.weight")).as_ref(), Some(&expected));
+            assert_eq!(
+                renamed(&format!("decoder.mid_block.attentions.0.{old}.weight")).as_ref(),
+                Some(&expected)
+            );
             assert_eq!(renamed(&expected).as_ref(), Some(&expected));
         }
         let norm = "decoder.mid_block.attentions.0.group_norm.bias";

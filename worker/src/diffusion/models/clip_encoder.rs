@@ -116,8 +116,9 @@ impl CLIPAttention {
         let key = split_heads(self.k_proj.forward(hidden_states)?)?;
         let value = split_heads(self.v_proj.forward(hidden_states)?)?;
         let no_mask = None::<&Tensor>;
-        let attended =
-            Tensor::f_scaled_dot_product_attention(&query, &key, &value, no_mask, 0.0, is_causal, None, false)?;
+        let attended = Tensor::f_scaled_dot_product_attention(
+            &query, &key, &value, no_mask, 0.0, is_causal, None, false,
+        )?;
         self.out_proj.forward(&attended.f_transpose(1, 2)?.f_flatten(2, 3)?)
     }
 }

@@ -63,7 +63,11 @@ impl CLIPTextModel {
         let CLIPEncoderConfig { hidden_size, layer_norm_eps, .. } = config.encoder;
         let embeddings = weights / "embeddings";
         Self {
-            token_embedding: Embedding::load(&(&embeddings / "token_embedding"), config.vocab_size, hidden_size),
+            token_embedding: Embedding::load(
+                &(&embeddings / "token_embedding"),
+                config.vocab_size,
+                hidden_size,
+            ),
             position_embedding: Embedding::load(
                 &(&embeddings / "position_embedding"),
                 config.max_position_embeddings,

@@ -19,7 +19,12 @@ pub struct Timesteps {
 
 impl Timesteps {
     /// `num_channels` is even and above `2 * freq_shift`.
-    pub fn new(num_channels: i64, flip_sin_to_cos: bool, freq_shift: f64, device: Device) -> Result<Self, TchError> {
+    pub fn new(
+        num_channels: i64,
+        flip_sin_to_cos: bool,
+        freq_shift: f64,
+        device: Device,
+    ) -> Result<Self, TchError> {
         let half = num_channels / 2;
         // The order of operations is diffusers', so that f32 rounds as there.
         let exponent = Tensor::f_arange(half, (Kind::Float, Device::Cpu))?

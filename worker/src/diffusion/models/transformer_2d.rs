@@ -2,7 +2,7 @@
 
 use tch::{TchError, Tensor};
 
-use super::super::nn::{Conv2d, GroupNorm, Linear};
+use super::super::nn::{GroupNorm, Linear};
 use super::super::weights::Weights;
 use super::attention::BasicTransformerBlock;
 
@@ -25,20 +25,13 @@ pub struct Transformer2DConfig {
     pub use_linear_projection: bool,
 }
 
-/// The projection into or out of the blocks.
-#[derive(Debug)]
-enum Projection {
-    Conv(Conv2d),
-    Linear(Linear),
-}
-
 /// `Transformer2DModel`.
 #[derive(Debug)]
 pub struct Transformer2DModel {
     norm: GroupNorm,
-    proj_in: Projection,
+    proj_in: Linear,
     transformer_blocks: Vec<BasicTransformerBlock>,
-    proj_out: Projection,
+    proj_out: Linear,
 }
 
 impl Transformer2DModel {
@@ -46,10 +39,11 @@ impl Transformer2DModel {
     pub fn load(weights: &Weights<'_>, channels: i64, config: &Transformer2DConfig) -> Self {
         let projection = |name: &str| {
             let weights = weights / name;
+            // The same arithmetic on the same numbers, which the files hold in one of two shapes.
             if config.use_linear_projection {
-                Projection::Linear(Linear::load(&weights, channels, channels))
+                Linear::load(&weights, channels, channels)
             } else {
-                Projection::Conv(Conv2d::load(&weights, channels, channels, 1))
+                Linear::from_pointwise_conv(&weights, channels, channels)
             }
         };
         let blocks = weights / "transformer_blocks";
@@ -58,7 +52,12 @@ impl Transformer2DModel {
             proj_in: projection("proj_in"),
             transformer_blocks: (0..config.num_layers)
                 .map(|i| {
-                    BasicTransformerBlock::load(&(&blocks / i), channels, config.cross_attention_dim, config.heads)
+                    BasicTransformerBlock::load(
+                        &(&blocks / i),
+                        channels,
+                        config.cross_attention_dim,
+                        config.heads,
+                    )
                 })
                 .collect(),
             proj_out: projection("proj_out"),
@@ -73,23 +72,16 @@ impl Transformer2DModel {
         encoder_hidden_states: Option<&Tensor>,
     ) -> Result<Tensor, TchError> {
         let (batch_size, channels, height, width) = hidden_states.size4()?;
-        let to_sequence =
-            |map: Tensor| map.f_permute([0, 2, 3, 1])?.f_reshape([batch_size, height * width, channels]);
-        let to_map =
-            |sequence: Tensor| sequence.f_view([batch_size, height, width, channels])?.f_permute([0, 3, 1, 2]);
-
         let normalized = self.norm.forward(hidden_states)?;
-        let mut sequence = match &self.proj_in {
-            Projection::Conv(proj_in) => to_sequence(proj_in.forward(&normalized)?)?,
-            Projection::Linear(proj_in) => proj_in.forward(&to_sequence(normalized)?)?,
-        };
+        let sequence =
+            normalized.f_permute([0, 2, 3, 1])?.f_reshape([batch_size, height * width, channels])?;
+        let mut sequence = self.proj_in.forward(&sequence)?;
         for block in &self.transformer_blocks {
             sequence = block.forward(&sequence, encoder_hidden_states)?;
         }
-        let mut output = match &self.proj_out {
-            Projection::Conv(proj_out) => proj_out.forward(&to_map(sequence)?.f_contiguous()?)?,
-            Projection::Linear(proj_out) => to_map(proj_out.forward(&sequence)?)?.f_contiguous()?,
-        };
-        output.f_add_(hidden_states)
+        let projected = self.proj_out.forward(&sequence)?;
+        let map = projected.f_view([batch_size, height, width, channels])?.f_permute([0, 3, 1, 2])?;
+        // In this order, as the sum is laid out in memory like its first term.
+        hidden_states.f_add(&map)
     }
 }

@@ -62,7 +62,8 @@ impl UpBlockConfig {
         let weights = weights / "resnets";
         (0..self.num_layers)
             .map(|i| {
-                let skip_channels = if i == self.num_layers - 1 { self.in_channels } else { self.out_channels };
+                let skip_channels =
+                    if i == self.num_layers - 1 { self.in_channels } else { self.out_channels };
                 let hidden_channels = if i == 0 { self.prev_output_channel } else { self.out_channels };
                 let in_channels = hidden_channels + skip_channels;
                 ResnetBlock2D::load(&(&weights / i), in_channels, self.out_channels, &self.resnet)

@@ -9,8 +9,8 @@ use super::embeddings::{TimestepEmbedding, Timesteps};
 use super::resnet::ResnetConfig;
 use super::transformer_2d::Transformer2DConfig;
 use super::unet_2d_blocks::{
-    CrossAttnDownBlock2D, CrossAttnUpBlock2D, DownBlock, DownBlock2D, DownBlockConfig, UNetMidBlock2DCrossAttn,
-    UpBlock, UpBlock2D, UpBlockConfig,
+    CrossAttnDownBlock2D, CrossAttnUpBlock2D, DownBlock, DownBlock2D, DownBlockConfig,
+    UNetMidBlock2DCrossAttn, UpBlock, UpBlock2D, UpBlockConfig,
 };
 use super::unet_2d_config::{BlockType, UNet2DConditionConfig};
 
@@ -88,7 +88,8 @@ impl UNet2DConditionModel {
         hidden_states = self.mid_block.forward(&hidden_states, &temb, encoder_hidden_states)?;
 
         for block in &self.up_blocks {
-            let block_res_samples = res_samples.split_off(res_samples.len().saturating_sub(block.num_resnets()));
+            let block_res_samples =
+                res_samples.split_off(res_samples.len().saturating_sub(block.num_resnets()));
             // Halving an odd size rounded up, so doubling it back gives one too many: grow to the size of the skip
             // connection that comes next instead.
             let upsample_size = match res_samples.last() {
@@ -98,8 +99,13 @@ impl UNet2DConditionModel {
                 }
                 _ => None,
             };
-            hidden_states =
-                block.forward(&hidden_states, &temb, block_res_samples, encoder_hidden_states, upsample_size)?;
+            hidden_states = block.forward(
+                &hidden_states,
+                &temb,
+                block_res_samples,
+                encoder_hidden_states,
+                upsample_size,
+            )?;
         }
 
         self.conv_out.forward(&self.conv_norm_out.forward(&hidden_states)?.f_silu_()?)

@@ -147,18 +147,25 @@ impl UNet2DConditionConfig {
         }
         if self.block_out_channels.iter().any(|channels| channels % self.norm_num_groups != 0) {
             let channels = &self.block_out_channels;
-            config.fault("norm_num_groups", format!("a divisor of each of `block_out_channels` ({channels:?})"));
+            config.fault(
+                "norm_num_groups",
+                format!("a divisor of each of `block_out_channels` ({channels:?})"),
+            );
         }
         let divides = |level: usize| self.block_out_channels[level] % self.num_attention_heads[level] == 0;
         if !(0..num_blocks).filter(|&level| self.has_attention(level)).all(divides) {
             let channels = &self.block_out_channels;
-            config.fault("attention_head_dim", format!("heads that divide `block_out_channels` ({channels:?})"));
+            config.fault(
+                "attention_head_dim",
+                format!("heads that divide `block_out_channels` ({channels:?})"),
+            );
         }
         let half = self.block_out_channels[0] / 2;
         if self.block_out_channels[0] % 2 != 0 {
             config.fault("block_out_channels", "a list that begins with an even number");
         } else if self.freq_shift >= half as f64 {
-            config.fault("freq_shift", format!("less than half of the first of `block_out_channels` ({half})"));
+            config
+                .fault("freq_shift", format!("less than half of the first of `block_out_channels` ({half})"));
         }
     }
 }

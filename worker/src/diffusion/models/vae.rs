@@ -40,7 +40,14 @@ impl Decoder {
             let in_channels = reversed[i.saturating_sub(1)];
             let num_layers = config.layers_per_block + 1;
             let add_upsample = i + 1 < reversed.len();
-            UpDecoderBlock2D::load(&(&up_blocks / i), in_channels, reversed[i], num_layers, add_upsample, &resnet)
+            UpDecoderBlock2D::load(
+                &(&up_blocks / i),
+                in_channels,
+                reversed[i],
+                num_layers,
+                add_upsample,
+                &resnet,
+            )
         };
         Self {
             conv_in: Conv2d::load(&(weights / "conv_in"), config.latent_channels, first, 3),
@@ -51,7 +58,12 @@ impl Decoder {
                 config.mid_block_add_attention.then_some(ATTENTION_HEADS),
             ),
             up_blocks: (0..reversed.len()).map(up_block).collect(),
-            conv_norm_out: GroupNorm::load(&(weights / "conv_norm_out"), config.norm_num_groups, last, NORM_EPS),
+            conv_norm_out: GroupNorm::load(
+                &(weights / "conv_norm_out"),
+                config.norm_num_groups,
+                last,
+                NORM_EPS,
+            ),
             conv_out: Conv2d::load(&(weights / "conv_out"), last, config.out_channels, 3),
         }
     }

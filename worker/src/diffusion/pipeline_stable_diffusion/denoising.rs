@@ -1,12 +1,16 @@
 //! The denoising loop.
+//!
+//! Pictures take their steps in lockstep, so that after each step the caller can be asked about all of them.
 
 use std::collections::HashMap;
 
 use tch::{TchError, Tensor};
 
+use super::super::device::{ComputeDevice, pictures_at_once, prepare_thread};
+use super::super::models::unet_2d_condition::UNet2DConditionModel;
 use super::super::rng::Generator;
 use super::super::schedulers::Scheduler;
-use super::types::{
+use super::generation::{
     GenerationParameters, ImageError, ImageRequest, PipelineError, Stage, StepControl, StepProgress,
 };
 use super::{Encoded, StableDiffusionPipeline, is_finite};
@@ -31,8 +35,6 @@ pub(super) struct Denoising<'p> {
     pipeline: &'p StableDiffusionPipeline,
     pictures: Vec<Picture>,
     timesteps: Vec<f64>,
-    /// How many pictures the UNet sees at once.
-    unet_batch_size: usize,
     finished: Vec<Result<Tensor, ImageError>>,
 }
 
@@ -49,11 +51,9 @@ impl<'p> Denoising<'p> {
             pictures.push(Picture::start(pipeline, index, request, parameters, encoded)?);
         }
         let timesteps = pictures.first().map(|picture| picture.scheduler.timesteps().to_vec());
-        let unet_batch_size = if pipeline.options.device.is_cuda() { pictures.len().max(1) } else { 1 };
         Ok(Self {
             pipeline,
             timesteps: timesteps.unwrap_or_default(),
-            unet_batch_size,
             // What a picture dropped before its first step would be; each is overwritten below.
             finished: requests.iter().map(|_| Err(ImageError::Dropped { step_index: 0 })).collect(),
             pictures,
@@ -67,8 +67,10 @@ impl<'p> Denoising<'p> {
     ) -> Result<Vec<Result<Tensor, ImageError>>, PipelineError> {
         let num_steps = self.timesteps.len();
         for (step_index, timestep) in std::mem::take(&mut self.timesteps).into_iter().enumerate() {
-            for pictures in self.pictures.chunks_mut(self.unet_batch_size) {
-                step(self.pipeline, pictures, step_index, timestep)?;
+            let (unet, pictures) = (&self.pipeline.unet, &mut self.pictures[..]);
+            match self.pipeline.options.device {
+                ComputeDevice::Cuda(_) => step_together(unet, pictures, step_index, timestep)?,
+                ComputeDevice::Cpu => step_side_by_side(unet, pictures, step_index, timestep)?,
             }
             let active: Vec<usize> = self.pictures.iter().map(|picture| picture.index).collect();
             let latents: Vec<&Tensor> = self.pictures.iter().map(|picture| &picture.latents).collect();
@@ -159,27 +161,111 @@ impl Picture {
     }
 }
 
-/// One denoising step of pictures that the UNet sees together.
-fn step(
-    pipeline: &StableDiffusionPipeline,
+/// One denoising step in which the UNet sees all pictures at once.
+fn step_together(
+    unet: &UNet2DConditionModel,
     pictures: &mut [Picture],
     step_index: usize,
     timestep: f64,
 ) -> Result<(), PipelineError> {
-    if let [picture] = pictures {
-        let model_input = picture.model_input(step_index)?;
-        let noise_pred = pipeline.unet.forward(&model_input, timestep, &picture.prompt_embeds)?;
-        return picture.step(&noise_pred, step_index);
-    }
     let model_inputs =
         pictures.iter().map(|picture| picture.model_input(step_index)).collect::<Result<Vec<_>, _>>()?;
+    // All have guidance or none has, so all inputs have as many rows.
+    let Some(rows) = model_inputs.first().and_then(|input| input.size().first().copied()) else {
+        return Ok(());
+    };
     let prompt_embeds: Vec<&Tensor> = pictures.iter().map(|picture| &picture.prompt_embeds).collect();
     let noise_pred =
-        pipeline.unet.forward(&Tensor::f_cat(&model_inputs, 0)?, timestep, &Tensor::f_cat(&prompt_embeds, 0)?)?;
-    // All have guidance or none has, so all parts are equally large.
-    let rows = model_inputs.first().map_or(1, |input| input.size().first().copied().unwrap_or(1));
+        unet.forward(&Tensor::f_cat(&model_inputs, 0)?, timestep, &Tensor::f_cat(&prompt_embeds, 0)?)?;
     for (picture, noise_pred) in pictures.iter_mut().zip(noise_pred.f_split(rows, 0)?) {
         picture.step(&noise_pred, step_index)?;
     }
     Ok(())
+}
+
+/// One denoising step in which the UNet sees each picture by itself, on as many threads as there are cores for.
+fn step_side_by_side(
+    unet: &UNet2DConditionModel,
+    pictures: &mut [Picture],
+    step_index: usize,
+    timestep: f64,
+) -> Result<(), PipelineError> {
+    let unet = SharedUNet(unet);
+    for_each_side_by_side(pictures, pictures_at_once(), &|picture: &mut Picture| {
+        let model_input = picture.model_input(step_index)?;
+        let noise_pred = unet.get().forward(&model_input, timestep, &picture.prompt_embeds)?;
+        picture.step(&noise_pred, step_index)
+    })
+}
+
+/// A UNet that several threads read.
+struct SharedUNet<'m>(&'m UNet2DConditionModel);
+
+// SAFETY: `forward` only reads the weights, none of its operations writes to them or changes what they point to, and
+// libtorch's tensors may be read by many threads at once (their reference counts are atomic). tch leaves `Tensor` without
+// `Sync` because its in-place operations could write through a shared one.
+unsafe impl Sync for SharedUNet<'_> {}
+
+impl SharedUNet<'_> {
+    /// The model; a method, so that closures capture the wrapper and not the reference in it.
+    fn get(&self) -> &UNet2DConditionModel {
+        self.0
+    }
+}
+
+/// Does `work` on each item, on up to `threads` threads; the first error in the items' order is returned.
+fn for_each_side_by_side<T: Send, E: Send>(
+    items: &mut [T],
+    threads: usize,
+    work: &(dyn Fn(&mut T) -> Result<(), E> + Sync),
+) -> Result<(), E> {
+    let per_thread = items.len().div_ceil(threads).max(1);
+    let work_on_all = |items: &mut [T]| items.iter_mut().try_for_each(work);
+    let mut parts = items.chunks_mut(per_thread);
+    let Some(own_part) = parts.next() else { return Ok(()) };
+    std::thread::scope(|scope| {
+        let others: Vec<_> = parts
+            .map(|part| {
+                scope.spawn(move || {
+                    prepare_thread();
+                    // Whether gradients are recorded is each thread's own setting.
+                    let _no_grad = tch::no_grad_guard();
+                    work_on_all(part)
+                })
+            })
+            .collect();
+        let own = work_on_all(own_part);
+        let others = others
+            .into_iter()
+            .map(|other| other.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)));
+        std::iter::once(own).chain(others).collect::<Vec<_>>().into_iter().collect()
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::for_each_side_by_side;
+
+    #[test]
+    fn every_item_is_worked_on_once_whatever_the_threads() {
+        for threads in [1, 2, 3, 8] {
+            for count in 0..9 {
+                let mut items: Vec<i32> = (0..count).collect();
+                let done: Result<(), ()> = for_each_side_by_side(&mut items, threads, &|item| {
+                    *item += 100;
+                    Ok(())
+                });
+                assert_eq!(done, Ok(()));
+                assert_eq!(items, (100..100 + count).collect::<Vec<_>>(), "{threads} threads");
+            }
+        }
+    }
+
+    #[test]
+    fn the_first_error_is_returned() {
+        let mut items = [0, 1, 2, 3, 4, 5];
+        let failed =
+            for_each_side_by_side(&mut items, 3, &|item| if *item >= 3 { Err(*item) } else { Ok(()) });
+        assert_eq!(failed, Err(3));
+    }
 }

@@ -157,7 +157,9 @@ impl Loading<'_> {
         }
         for (name, classes, required) in COMPONENTS {
             match component_class(&index, name) {
-                None if required => index.fault(name, format!("a [library, class] pair with {}", list(classes))),
+                None if required => {
+                    index.fault(name, format!("a [library, class] pair with {}", list(classes)))
+                }
                 Some(class) if !classes.is_empty() && !classes.contains(&class) => {
                     index.fault(name, format!("a [library, class] pair with {}", list(classes)));
                 }
@@ -212,7 +214,12 @@ impl Loading<'_> {
             if feature_extractor.output_size() != Some((size, size)) {
                 let found = feature_extractor.output_size();
                 let found = found.map_or("absent".to_owned(), |(height, width)| format!("{height}x{width}"));
-                self.misfit(file, "crop_size", format!("the safety checker's image_size, {image_size},"), found);
+                self.misfit(
+                    file,
+                    "crop_size",
+                    format!("the safety checker's image_size, {image_size},"),
+                    found,
+                );
             }
             if config.vision.num_channels != NUM_COLOR_CHANNELS {
                 let (rule, found) = (NUM_COLOR_CHANNELS.to_string(), config.vision.num_channels);

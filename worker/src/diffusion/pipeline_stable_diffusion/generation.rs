@@ -239,7 +239,7 @@ pub enum PipelineError {
 
 /// What is wrong with a picture's width and height; both are whole numbers of latent cells.
 pub fn size_faults(width: u32, height: u32, vae_scale_factor: u32) -> Vec<InputFault> {
-    let wrong = |size: u32| size == 0 || size % vae_scale_factor != 0;
+    let wrong = |size: u32| size == 0 || !size.is_multiple_of(vae_scale_factor);
     let rule = || format!("a positive multiple of {vae_scale_factor}");
     [("width", width), ("height", height)]
         .into_iter()
