@@ -38,7 +38,7 @@ const CONFIRM_LIMIT: Duration = Duration::from_secs(30);
 /// machine that is gone. A `heartbeat` in the URL wins.
 const HEARTBEAT_SECONDS: u16 = 10;
 /// Waits between attempts to connect double from the first to the last.
-const BACKOFF: std::ops::Range<Duration> = Duration::from_millis(250)..Duration::from_secs(15);
+const BACKOFF: std::ops::Range<Duration> = Duration::from_millis(250)..Duration::from_secs(5);
 /// `delivery_mode` of a message that survives a restart of the broker.
 const PERSISTENT: u8 = 2;
 

@@ -13,7 +13,7 @@ mod up;
 mod watch;
 
 use anyhow::{Context, Result};
-use schema::{BatchProgress, ModelName, PgCatalog};
+use schema::{BatchProgress, CatalogError, ModelName, PgCatalog};
 
 use crate::cli::{Cli, Command};
 use crate::config::Settings;
@@ -60,7 +60,17 @@ pub async fn run(cli: Cli) -> Result<Outcome> {
 }
 
 async fn connect(settings: &Settings) -> Result<PgCatalog> {
-    Ok(PgCatalog::connect(&settings.database_url()?, CONNECTIONS).await?)
+    let connected = PgCatalog::connect(&settings.database_url()?, CONNECTIONS).await;
+    match connected {
+        // Its environment file is there, so it was killed and could not remove it.
+        Err(error @ CatalogError::Unreachable(_)) if settings.uses_local_database() => {
+            Err(anyhow::Error::from(error).context(format!(
+                "the local stack with its data in {} does not answer\nhint: start it again with `darkroom up`",
+                settings.data_dir().display()
+            )))
+        }
+        connected => Ok(connected?),
+    }
 }
 
 /// The progress of the batch that a person means by `text`.

@@ -148,6 +148,11 @@ impl Settings {
             .with_context(|| self.nothing_tells("DATABASE_URL"))
     }
 
+    /// Whether the database is the local stack's, found by its environment file.
+    pub fn uses_local_database(&self) -> bool {
+        self.arguments.database_url.is_none() && self.local_stack.is_some()
+    }
+
     /// RabbitMQ's URL.
     ///
     /// # Errors

@@ -27,10 +27,8 @@ pub enum StoreError {
         key: String,
     },
     /// The store cannot be asked, or refuses.
-    #[error("cannot {what} the bucket `{bucket}`: {reason}")]
+    #[error("cannot read from the bucket `{bucket}`: {reason}")]
     Failed {
-        /// `read` or `reach`.
-        what: &'static str,
         /// The bucket.
         bucket: String,
         /// The SDK's error with its causes; it has no good text of its own.
@@ -48,7 +46,6 @@ pub trait ObjectStore: Send + Sync {
 #[derive(Clone, Debug)]
 pub struct S3ObjectStore {
     client: Client,
-    bucket: String,
 }
 
 impl S3ObjectStore {
@@ -77,18 +74,7 @@ impl S3ObjectStore {
                 Client::from_conf(Builder::from(&shared).force_path_style(true).build())
             }
         };
-        Self { client, bucket: settings.bucket.clone() }
-    }
-
-    /// Asks for the bucket, to find wrong settings before any work is done.
-    ///
-    /// # Errors
-    /// If it is not there or may not be asked for.
-    pub async fn reach(&self) -> Result<(), StoreError> {
-        match self.client.head_bucket().bucket(&self.bucket).send().await {
-            Ok(_) => Ok(()),
-            Err(error) => Err(failed("reach", &self.bucket, &error)),
-        }
+        Self { client }
     }
 }
 
@@ -99,13 +85,13 @@ impl ObjectStore for S3ObjectStore {
             Err(SdkError::ServiceError(error)) if matches!(error.err(), GetObjectError::NoSuchKey(_)) => {
                 return Err(StoreError::NotFound { bucket: bucket.to_owned(), key: key.to_owned() });
             }
-            Err(error) => return Err(failed("read", bucket, &error)),
+            Err(error) => return Err(failed(bucket, &error)),
         };
-        let bytes = output.body.collect().await.map_err(|error| failed("read", bucket, &error))?;
+        let bytes = output.body.collect().await.map_err(|error| failed(bucket, &error))?;
         Ok(bytes.to_vec())
     }
 }
 
-fn failed(what: &'static str, bucket: &str, error: &(impl std::error::Error + 'static)) -> StoreError {
-    StoreError::Failed { what, bucket: bucket.to_owned(), reason: DisplayErrorContext(error).to_string() }
+fn failed(bucket: &str, error: &(impl std::error::Error + 'static)) -> StoreError {
+    StoreError::Failed { bucket: bucket.to_owned(), reason: DisplayErrorContext(error).to_string() }
 }

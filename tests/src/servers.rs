@@ -13,6 +13,9 @@ use serde::Deserialize;
 use crate::process::binary;
 use crate::waiting::eventually;
 
+/// How long a broker that is up takes at most to answer a handshake.
+const HANDSHAKE: Duration = Duration::from_secs(3);
+
 /// Where the servers answer, as `darkroom up --servers-only` prints it in one line.
 #[derive(Debug, Clone, Deserialize)]
 pub struct Addresses {

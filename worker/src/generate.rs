@@ -135,6 +135,7 @@ pub fn run(args: &GenerateArgs) -> anyhow::Result<()> {
     if valid.device == ComputeDevice::Cpu {
         set_threads_per_picture(args.cpu_threads);
     }
+    valid.device.open()?;
     let options = LoadOptions { device: valid.device, dtype: valid.dtype };
     let pipeline = StableDiffusionPipeline::from_pretrained(&args.model, &options)?;
     let load = start.elapsed().as_secs_f64();

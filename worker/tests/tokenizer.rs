@@ -110,6 +110,37 @@ fn clips_own_vocabulary_gives_transformers_ids() {
     }
 }
 
+/// transformers 5 saves the vocabulary in `tokenizer.json`, and lists the special tokens' flags.
+#[test]
+fn transformers_newer_files_give_the_same_ids() {
+    let folder = tempfile::tempdir().unwrap();
+    let to = folder.path().join("tokenizer");
+    fs::create_dir(&to).unwrap();
+    let from = golden_path("small").join("tokenizer");
+    let read = |name: &str| fs::read_to_string(from.join(name)).unwrap();
+    let vocab: serde_json::Value = serde_json::from_str(&read("vocab.json")).unwrap();
+    let lines: Vec<String> = read("merges.txt").lines().skip(1).map(str::to_owned).collect();
+    let pairs: Vec<Vec<&str>> = lines.iter().map(|line| line.split(' ').collect()).collect();
+    let token = |content: &str| serde_json::json!({"content": content, "normalized": true, "special": true});
+    let config = serde_json::json!({
+        "model_max_length": 77,
+        "added_tokens_decoder": {"998": token("<|startoftext|>"), "999": token("<|endoftext|>")},
+    });
+    fs::write(to.join("tokenizer_config.json"), config.to_string()).unwrap();
+    let old = CLIPTokenizer::from_pretrained(&golden_path("small"), "tokenizer").unwrap();
+    for merges in [serde_json::json!(pairs), serde_json::json!(lines)] {
+        let json = serde_json::json!({"model": {"type": "BPE", "vocab": vocab, "merges": merges}});
+        fs::write(to.join("tokenizer.json"), json.to_string()).unwrap();
+        let new = CLIPTokenizer::from_pretrained(folder.path(), "tokenizer").unwrap();
+        for prompt in ["a red circle, don't!", "a<|endoftext|>b", "ΑΣ straße"] {
+            assert_eq!(new.tokenize(prompt).unwrap(), old.tokenize(prompt).unwrap(), "{prompt}");
+        }
+        // Listed as normalized, the end token is also found in lowered text.
+        assert_eq!(new.tokenize("a<|EndOfText|>b").unwrap().ids[..5], [998, 320, 999, 321, 999]);
+        assert_eq!(old.tokenize("a<|EndOfText|>b").unwrap().ids[..4], [998, 320, 27, 347]);
+    }
+}
+
 #[test]
 fn prompts_are_cut_at_77_tokens_and_not_before() {
     let tokenizer = clip_tokenizer(true);

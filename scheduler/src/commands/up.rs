@@ -1,12 +1,12 @@
 //! `darkroom up`: the whole fleet on one machine, until somebody stops it.
 mod detached;
 
-use std::future::Future;
 use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use schema::PgCatalog;
+use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -37,6 +37,7 @@ pub(super) async fn run(arguments: UpArgs, settings: &Settings, terminal: Termin
     }
     let plan = worker_plan(&arguments)?;
     let data_dir = DataDir::open(settings.data_dir())?;
+    data_dir::link_from_here(data_dir.root());
     let files = RunFiles::write(&data_dir, arguments.ready_file.as_deref())?;
 
     // A stop that is asked for while the servers start is obeyed at once: dropping them kills them.
@@ -45,32 +46,46 @@ pub(super) async fn run(arguments: UpArgs, settings: &Settings, terminal: Termin
         started = LocalStack::start(data_dir, |ready| tell(terminal, &ready)) => started?,
         stopped = &mut stop => return stopped,
     };
-    stack.endpoints().write(&data_dir::env_file(stack.data_dir().root()))?;
-    let mut fleet = match plan {
-        Some(plan) => Some(Fleet::start(&stack, &arguments, plan).await?),
-        None => None,
-    };
-    files.announce()?;
-    show(&stack, &arguments, terminal)?;
-
+    let mut fleet = None;
     let ended = tokio::select! {
         stopped = &mut stop => stopped,
-        failed = stack.watch_over() => failed.map(|never| match never {}),
-        failed = tend(fleet.as_mut()) => failed,
+        failed = operate(&mut stack, &mut fleet, plan, &arguments, &files, terminal) => failed,
     };
     terminal.tell("stopping");
-    // Asked a second time, we stop waiting: dropping the rest kills it.
     let stopping = async {
         if let Some(fleet) = fleet {
             fleet.stop().await?;
         }
         stack.stop().await
     };
-    tokio::select! {
-        stopped = stopping => stopped?,
-        asked = stop_signal() => asked?,
+    // Asked a second time, we stop waiting: dropping the rest kills it.
+    let stopped = tokio::select! {
+        stopped = stopping => stopped,
+        asked = stop_signal() => asked,
+    };
+    // Why it ended matters more than what went wrong at the end.
+    ended.and(stopped)
+}
+
+/// Runs everything on the servers; ends only with an error.
+async fn operate(
+    stack: &mut LocalStack,
+    fleet: &mut Option<Fleet>,
+    plan: Option<WorkerPlan>,
+    arguments: &UpArgs,
+    files: &RunFiles,
+    terminal: Terminal,
+) -> Result<()> {
+    stack.endpoints().write(&data_dir::env_file(stack.data_dir().root()))?;
+    if let Some(plan) = plan {
+        *fleet = Some(Fleet::start(stack, arguments, plan).await?);
     }
-    ended
+    files.announce()?;
+    show(stack, arguments, terminal)?;
+    tokio::select! {
+        failed = stack.watch_over() => failed.map(|never| match never {}),
+        failed = tend(fleet.as_mut()) => failed,
+    }
 }
 
 impl Fleet {
@@ -131,20 +146,25 @@ fn worker_plan(arguments: &UpArgs) -> Result<Option<WorkerPlan>> {
 
 /// Ends when somebody asks us to stop.
 async fn stop_asked(with_stdin: bool) -> Result<()> {
-    let stdin_closed: std::pin::Pin<Box<dyn Future<Output = Result<()>>>> = if with_stdin {
-        Box::pin(async {
-            let mut sink = tokio::io::sink();
-            tokio::io::copy(&mut tokio::io::stdin(), &mut sink)
-                .await
-                .context("cannot read standard input")?;
-            Ok(())
-        })
-    } else {
-        Box::pin(std::future::pending())
-    };
     tokio::select! {
         stopped = stop_signal() => stopped,
-        closed = stdin_closed => closed,
+        () = stdin_closed(with_stdin) => Ok(()),
+    }
+}
+
+/// Ends when standard input is closed, or never if that is not asked for.
+async fn stdin_closed(wanted: bool) {
+    let (sender, receiver) = oneshot::channel::<()>();
+    if wanted {
+        // A thread of its own and not the runtime's: a read that never ends would keep the runtime from ending.
+        std::thread::spawn(move || {
+            // However it ends, there is nobody at the other end any more.
+            let _ = std::io::copy(&mut std::io::stdin().lock(), &mut std::io::sink());
+            let _ = sender.send(());
+        });
+        let _ = receiver.await;
+    } else {
+        std::future::pending().await
     }
 }
 

@@ -79,11 +79,15 @@ fn lost(error: CatalogError) -> anyhow::Error {
 }
 
 fn bar(progress: &BatchProgress) -> Result<ProgressBar> {
-    let style = ProgressStyle::with_template("{bar:30} {pos}/{len}  {rate}  {eta} left  {msg}")
+    let style = ProgressStyle::with_template("{bar:30} {pos}/{len}  {rate}{msg}")
         .context("the bar's template is wrong")?
         .with_key("rate", |state: &ProgressState, output: &mut dyn std::fmt::Write| {
-            // A line that does not fit is no reason to stop.
-            let _ = write!(output, "{:.2} pictures/s", state.per_sec());
+            // Before the first picture there is nothing to reckon with. A line that does not fit is no reason to stop.
+            let rate = state.per_sec();
+            if rate > 0.0 {
+                let _ =
+                    write!(output, "{rate:.2} pictures/s  {} left  ", duration(state.eta().as_secs_f64()));
+            }
         })
         .progress_chars("=> ");
     let bar = ProgressBar::new(unsigned(progress.job_count)).with_style(style);

@@ -1,6 +1,6 @@
 //! The one folder below which everything of the local stack lies: server data, pictures, logs, passwords.
 //!
-//! All commands agree on where it is by the same rule (`config.rs`), so that `darkroom submit` finds what
+//! All commands agree on where it is by the same rule ([`locate`]), so that `darkroom submit` finds what
 //! `darkroom up` started without being told.
 use std::fs::{self, File};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -44,6 +44,16 @@ pub fn locate(configured: Option<&Path>) -> Result<PathBuf> {
     })
 }
 
+/// If the default moved away from the current folder, leaves a link to `root` where it would have been, so that
+/// `.darkroom/env` is there for people and scripts in either case.
+pub fn link_from_here(root: &Path) {
+    let Ok(here) = std::env::current_dir() else { return };
+    if root == fallback_for(&here) {
+        // The commands do without it, so it does not matter if something else has the name.
+        let _ = std::os::unix::fs::symlink(root, here.join(DEFAULT_NAME));
+    }
+}
+
 /// The environment file in the data folder `root`.
 pub fn env_file(root: &Path) -> PathBuf {
     root.join("env")
@@ -69,13 +79,14 @@ impl DataDir {
         let server_user = ServerUser::choose();
         fs::create_dir_all(root)
             .with_context(|| format!("cannot create the data folder {}", root.display()))?;
+        // A link too, because in a folder like /var/tmp anybody may have made it.
+        let owners = [fs::symlink_metadata(root)?.uid(), fs::metadata(root)?.uid()];
         let root = root.canonicalize().with_context(|| format!("cannot resolve {}", root.display()))?;
-        let metadata = fs::metadata(&root)?;
-        if metadata.uid() != geteuid().as_raw() {
+        if let Some(owner) = owners.into_iter().find(|&owner| owner != geteuid().as_raw()) {
             bail!(
                 "the data folder {} belongs to uid {}, but this is uid {}\nhint: choose another by --data-dir",
                 root.display(),
-                metadata.uid(),
+                owner,
                 geteuid()
             );
         }
@@ -170,6 +181,20 @@ mod tests {
         assert!(error.contains("hint: stop it with `darkroom down`"), "{error}");
         drop(first);
         DataDir::open(&root).unwrap();
+    }
+
+    #[test]
+    fn a_folder_of_somebody_else_is_refused() {
+        let folder = open_folder();
+        let link = folder.path().join("link");
+        std::os::unix::fs::symlink(folder.path().join("data"), &link).unwrap();
+        fs::create_dir(folder.path().join("data")).unwrap();
+        DataDir::open(&link).unwrap();
+        if geteuid().is_root() {
+            std::os::unix::fs::lchown(&link, Some(65_534), None).unwrap();
+            let error = DataDir::open(&link).unwrap_err().to_string();
+            assert!(error.contains("belongs to uid 65534, but this is uid 0"), "{error}");
+        }
     }
 
     #[test]

@@ -163,6 +163,8 @@ impl Workers {
             }
             // By environment, so that a `--name` among the worker's arguments wins.
             command.envs(self.endpoints.variables()).env("DARKROOM_WORKER_NAME", &place.name);
+            // The log is a file, where colors are only noise.
+            command.env("NO_COLOR", "1");
             let log = self.logs.join(format!("{}.log", place.name));
             let process = ServerProcess::spawn(&place.name, command, Signal::SIGTERM, &log, &self.children)?;
             info!(worker = place.name, log = %log.display(), "Started {}; it logs to {}", place.name, log.display());

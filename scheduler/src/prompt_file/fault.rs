@@ -84,6 +84,31 @@ impl Trouble {
     }
 }
 
+impl Trouble {
+    /// The field if it is about one, the rule, and the value if there is one: the same as the text, for programs.
+    fn parts(&self) -> (Option<String>, String, Option<String>) {
+        let owned = |text: &str| Some(text.to_owned());
+        match self {
+            Self::Value(SpecFault { field, rule, value }) => (owned(field), rule.clone(), owned(value)),
+            Self::UnknownField { name } => {
+                (owned(name), format!("one of {}", field_name::known()), owned(name))
+            }
+            Self::RepeatedField { field, name } => (owned(field), "given once".to_owned(), owned(name)),
+            Self::NoPromptColumn { columns } => {
+                (owned("prompt"), "in the first line".to_owned(), owned(columns))
+            }
+            Self::CellCount { expected, found } => {
+                (None, format!("{expected} cells"), Some(found.to_string()))
+            }
+            Self::NotUtf8 { place, byte, .. } => {
+                (owned(place), "UTF-8".to_owned(), Some(format!("{byte:#04x}")))
+            }
+            Self::NotAnObject { reason } => (None, "one JSON object".to_owned(), owned(reason)),
+            Self::NoPrompts => (None, "at least one prompt".to_owned(), None),
+        }
+    }
+}
+
 fn suggestion(name: &str) -> String {
     match field_name::closest(name) {
         Some(closest) => format!("; did you mean `{closest}`?"),
@@ -107,13 +132,31 @@ impl fmt::Display for InputFault {
 
 impl Serialize for InputFault {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let spec = if let Trouble::Value(fault) = &self.trouble { Some(fault) } else { None };
+        let short = |text: String| shortened(&text, MAX_MESSAGE_CHARS);
+        let (field, rule, value) = self.trouble.parts();
         let mut fault = serializer.serialize_struct("InputFault", 5)?;
         fault.serialize_field("line", &self.line)?;
-        fault.serialize_field("field", &spec.map(|fault| fault.field))?;
-        fault.serialize_field("rule", &spec.map(|fault| &fault.rule))?;
-        fault.serialize_field("value", &spec.map(|fault| shortened(&fault.value, MAX_MESSAGE_CHARS)))?;
-        fault.serialize_field("message", &shortened(&self.trouble.to_string(), MAX_MESSAGE_CHARS))?;
+        fault.serialize_field("field", &field.map(short))?;
+        fault.serialize_field("rule", &short(rule))?;
+        fault.serialize_field("value", &value.map(short))?;
+        fault.serialize_field("message", &short(self.trouble.to_string()))?;
         fault.end()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::PromptFormat;
+
+    #[test]
+    fn programs_get_line_field_rule_and_value_of_each_fault() {
+        let file = PromptFormat::Csv.read(b"prompt,width\na,wide\nb\n");
+        let faults: Vec<_> = file.faults.iter().map(|fault| serde_json::to_string(fault).unwrap()).collect();
+        insta::assert_snapshot!(faults.join("\n"), @r#"
+        {"line":2,"field":"width","rule":"a multiple of 8, from 64 to 2048","value":"\"wide\"","message":"`width` has to be a multiple of 8, from 64 to 2048, but is \"wide\""}
+        {"line":3,"field":null,"rule":"2 cells","value":"1","message":"a line has to have 2 cells like the first line, but this one has 1"}
+        "#);
+        let file = PromptFormat::Csv.read(b"prompt,promt\n");
+        insta::assert_snapshot!(serde_json::to_string(&file.faults[0]).unwrap(), @r#"{"line":1,"field":"promt","rule":"one of prompt, negative_prompt, seed, num_inference_steps, guidance_scale, width, height, scheduler, client_ref","value":"promt","message":"no job has a field \"promt\"; did you mean `prompt`?"}"#);
     }
 }

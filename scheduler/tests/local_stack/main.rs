@@ -116,9 +116,12 @@ async fn servers_answer_and_keep_their_data_over_restarts_and_crashes() {
     for child in &children {
         assert!(child.gone_within(Duration::from_secs(60)).await, "{child:?} outlived a killed `up`");
     }
+    let unanswered = folder.run(&["batches"]);
+    assert_eq!(unanswered.code, 1);
+    assert!(unanswered.stderr.contains("hint: start it again with `darkroom up`"), "{}", unanswered.stderr);
 
     // And the one after it starts all the same, and stops at SIGTERM.
-    let up = Up::start(&folder, &["--servers-only"]);
+    let up = Up::start(&folder, &["--servers-only", "--stop-with-stdin"]);
     let children = folder.children();
     up.stop_by_signal().await;
     assert!(children.iter().all(|child| !child.runs()), "a child outlived a good stop");

@@ -1,19 +1,18 @@
-//! CLIP's byte-level BPE, built from `vocab.json` and `merges.txt` as transformers' `CLIPTokenizer` builds it
-//! (`models/clip/tokenization_clip.py`); v1 checkpoints ship no `tokenizer.json`.
+//! CLIP's byte-level BPE, built from a vocabulary and merges as transformers' `CLIPTokenizer` builds it
+//! (`models/clip/tokenization_clip.py`).
 
-use std::fs::File;
-use std::io::{BufRead, BufReader};
+mod files;
+
 use std::path::Path;
 
-use serde_json::Value;
-use tokenizers::models::bpe::{BPE, Merges, Vocab};
+use tokenizers::models::bpe::BPE;
 use tokenizers::normalizers::{Lowercase, NFC, Replace, Sequence as Normalizers};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::pre_tokenizers::sequence::Sequence as PreTokenizers;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::{AddedToken, NormalizerWrapper, PreTokenizerWrapper, SplitDelimiterBehavior, Tokenizer};
 
-use super::config::{ConfigFile, read_text};
+use self::files::TokenizerFiles;
 use super::load_error::Fault;
 
 /// What a token may be made from before BPE (the regex of transformers 5's `CLIPTokenizer`).
@@ -21,8 +20,6 @@ const TOKEN_REGEX: &str =
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+";
 /// What marks the end of a word in the vocabulary.
 const END_OF_WORD: &str = "</w>";
-/// The longest prompt, in tokens, that any text encoder takes; a guard against absurd configs.
-const MAX_LENGTH: i64 = 1 << 20;
 
 /// A prompt as the text encoder wants it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -51,63 +48,17 @@ pub struct TokenizeError {
     reason: String,
 }
 
-/// The roles of special tokens, in the order in which transformers adds them, with CLIP's defaults.
-const SPECIAL_TOKENS: [(&str, &str); 4] = [
-    ("bos_token", "<|startoftext|>"),
-    ("eos_token", "<|endoftext|>"),
-    ("unk_token", "<|endoftext|>"),
-    ("pad_token", "<|endoftext|>"),
-];
-
 impl CLIPTokenizer {
-    /// Reads `vocab.json`, `merges.txt`, `tokenizer_config.json` and, if it is there, `special_tokens_map.json` from
-    /// the folder `component` of the checkpoint.
+    /// Reads the tokenizer's files in the folder `component` of the checkpoint: `tokenizer_config.json`, and the
+    /// vocabulary from `vocab.json` and `merges.txt` or, where those are not, from `tokenizer.json`.
     pub fn from_pretrained(directory: &Path, component: &str) -> Result<Self, Vec<Fault>> {
-        let file = |name: &str| format!("{component}/{name}");
-        let vocab = read_vocab(directory, &file("vocab.json"));
-        let merges = read_merges(directory, &file("merges.txt"));
-        let config = ConfigFile::read(directory, &file("tokenizer_config.json"));
-        let special_tokens_map = match ConfigFile::read(directory, &file("special_tokens_map.json")) {
-            Err(Fault::MissingFile { .. }) => Ok(None),
-            read => read.map(Some),
-        };
-        let (vocab, merges, config, special_tokens_map) = match (vocab, merges, config, special_tokens_map) {
-            (Ok(vocab), Ok(merges), Ok(config), Ok(map)) => (vocab, merges, config, map),
-            (vocab, merges, config, map) => {
-                let faults = [vocab.err(), merges.err(), config.err(), map.err()];
-                return Err(faults.into_iter().flatten().collect());
-            }
-        };
-        let special_tokens = SPECIAL_TOKENS.map(|(role, default)| {
-            let value =
-                config.get(role).or_else(|| special_tokens_map.as_ref().and_then(|map| map.get(role)));
-            value.map_or_else(
-                || special_token(default),
-                |value| {
-                    parse_special_token(value).unwrap_or_else(|| {
-                        config.fault(role, "a string, or an object with a string `content`");
-                        special_token(default)
-                    })
-                },
-            )
-        });
-        // The start and end token take two places.
-        let model_max_length = config.size("model_max_length", 0, MAX_LENGTH);
-        if model_max_length < 3 {
-            config.fault("model_max_length", "an integer of at least 3");
-        }
-        let model_max_length = usize::try_from(model_max_length).unwrap_or_default();
-        config.into_result(())?;
-        Self::build(vocab, merges, special_tokens, model_max_length)
-            .map_err(|reason| vec![Fault::Tokenizer { file: file("vocab.json"), reason: reason.to_string() }])
+        let files = TokenizerFiles::read(directory, component)?;
+        let file = files.vocab_file.clone();
+        Self::build(files).map_err(|reason| vec![Fault::Tokenizer { file, reason: reason.to_string() }])
     }
 
-    fn build(
-        vocab: Vocab,
-        merges: Merges,
-        special_tokens: [AddedToken; 4],
-        model_max_length: usize,
-    ) -> tokenizers::Result<Self> {
+    fn build(files: TokenizerFiles) -> tokenizers::Result<Self> {
+        let TokenizerFiles { vocab, merges, special_tokens, model_max_length, .. } = files;
         let [bos, eos, unk, pad] = &special_tokens;
         let id = |token: &AddedToken| {
             vocab
@@ -180,51 +131,4 @@ impl CLIPTokenizer {
         ids.resize(self.model_max_length, i64::from(self.pad_id));
         Ok(TokenizedPrompt { ids, truncated })
     }
-}
-
-/// A special token given as a plain string: matched in the text as typed, not in the normalized text.
-fn special_token(content: &str) -> AddedToken {
-    AddedToken::from(content, true)
-}
-
-/// A special token as JSON: a string, or an object with flags.
-fn parse_special_token(value: &Value) -> Option<AddedToken> {
-    if let Some(content) = value.as_str() {
-        return Some(special_token(content));
-    }
-    let flag = |name: &str| value.get(name).and_then(Value::as_bool).unwrap_or(false);
-    let token = special_token(value.get("content")?.as_str()?)
-        .single_word(flag("single_word"))
-        .lstrip(flag("lstrip"))
-        .rstrip(flag("rstrip"))
-        .normalized(flag("normalized"));
-    Some(token)
-}
-
-/// `vocab.json`: an object from token to id.
-fn read_vocab(directory: &Path, file: &str) -> Result<Vocab, Fault> {
-    let text = read_text(directory, file)?;
-    serde_json::from_str(&text)
-        .map_err(|error| Fault::Json { file: file.to_owned(), reason: format!("of token ids: {error}") })
-}
-
-/// `merges.txt`: a pair of tokens a line, most important first, after an optional `#version` line.
-fn read_merges(directory: &Path, file: &str) -> Result<Merges, Fault> {
-    let fault = |reason: String| Fault::Tokenizer { file: file.to_owned(), reason };
-    let handle = File::open(directory.join(file)).map_err(|error| match error.kind() {
-        std::io::ErrorKind::NotFound => Fault::MissingFile { file: file.to_owned() },
-        _ => Fault::Unreadable { file: file.to_owned(), error },
-    })?;
-    let mut merges = Merges::new();
-    for (index, line) in BufReader::new(handle).lines().enumerate() {
-        let line = line.map_err(|error| Fault::Unreadable { file: file.to_owned(), error })?;
-        if line.starts_with("#version") || line.is_empty() {
-            continue;
-        }
-        let (first, second) = line
-            .split_once(' ')
-            .ok_or_else(|| fault(format!("line {} must be two tokens and a space", index + 1)))?;
-        merges.push((first.to_owned(), second.to_owned()));
-    }
-    Ok(merges)
 }

@@ -159,7 +159,11 @@ fn open_and_leak(library: &'static str) -> Result<(), DeviceError> {
             std::mem::forget(handle);
             Ok(())
         }
-        Err(error) => Err(DeviceError::CudaLibraries { library, reason: error.to_string() }),
+        Err(error) => {
+            // The error itself only says that opening failed; the linker's words are its cause.
+            let reason = std::error::Error::source(&error).map_or_else(|| error.to_string(), ToString::to_string);
+            Err(DeviceError::CudaLibraries { library, reason })
+        }
     }
 }
 
@@ -261,6 +265,7 @@ mod tests {
     fn a_missing_library_is_an_error_with_a_hint() {
         let error = open_and_leak("libdarkroom_no_such_library.so").unwrap_err().to_string();
         assert!(error.starts_with("libdarkroom_no_such_library.so cannot be opened: "), "{error}");
+        assert!(error.contains("No such file or directory"), "{error}");
         assert!(error.contains("hint: a GPU worker needs"), "{error}");
     }
 }

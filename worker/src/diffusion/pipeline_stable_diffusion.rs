@@ -24,6 +24,7 @@ pub use self::generation::{
 pub use self::loading::LoadOptions;
 use super::clip_image_processor::{CLIPImageProcessor, RgbPixels};
 use super::clip_tokenizer::CLIPTokenizer;
+use super::device::{ComputeDevice, prepare_thread};
 use super::models::autoencoder_kl::AutoencoderKL;
 use super::models::clip_text_model::CLIPTextModel;
 use super::models::unet_2d_condition::UNet2DConditionModel;
@@ -90,6 +91,9 @@ impl StableDiffusionPipeline {
     ) -> Result<Generation, PipelineError> {
         self.check_inputs(requests, parameters)?;
         let _no_grad = tch::no_grad_guard();
+        if self.options.device == ComputeDevice::Cpu {
+            prepare_thread();
+        }
         let mut seconds = StageSeconds::default();
 
         let encoded = timed(&mut seconds.text_encoder, || self.encode_prompts(requests))?;
