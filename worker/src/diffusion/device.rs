@@ -161,7 +161,8 @@ fn open_and_leak(library: &'static str) -> Result<(), DeviceError> {
         }
         Err(error) => {
             // The error itself only says that opening failed; the linker's words are its cause.
-            let reason = std::error::Error::source(&error).map_or_else(|| error.to_string(), ToString::to_string);
+            let reason =
+                std::error::Error::source(&error).map_or_else(|| error.to_string(), ToString::to_string);
             Err(DeviceError::CudaLibraries { library, reason })
         }
     }

@@ -63,7 +63,8 @@ async fn what_does_not_fit_stops_after_its_step() {
 
 #[tokio::test]
 async fn a_second_signal_stops_even_what_would_fit() {
-    let mut worker = WorkerUnderTest::new(Setup::default());
+    // So much grace that nothing but the second signal ends it in the test's time.
+    let mut worker = WorkerUnderTest::new(Setup { grace: PATIENCE * 100, ..Setup::default() });
     let jobs = worker.submit_many(0..1);
     let closed = Gate::default();
     worker
