@@ -58,7 +58,11 @@ impl Reconciler for RelayLoop {
 
     async fn run_once(&mut self) -> Result<()> {
         let Self(catalog, queue, relay) = self;
-        relay.run_once(catalog, queue.as_ref()).await.map(drop)
+        // Another scheduler has its turn. Both would publish the same jobs, which is only a waste.
+        let Some(turn) = catalog.try_relay_turn().await? else { return Ok(()) };
+        let ran = relay.run_once(catalog, queue.as_ref()).await;
+        turn.end().await?;
+        ran.map(drop)
     }
 }
 

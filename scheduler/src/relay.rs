@@ -1,8 +1,8 @@
 //! The relay: keeps each queue filled up to the watermark from the backlog in Postgres.
 //!
 //! It publishes first and marks after. A crash in between leaves published jobs unmarked, so they are published a
-//! second time, and the worker that finds a job claimed or final drops the message. Two relays at once do the same
-//! to each other. Fairness among batches is in the query; the watermark is what makes cancelling, priorities and
+//! second time, and the worker that finds a job claimed or final drops the message. Two relays take turns
+//! ([`PgCatalog::try_relay_turn`]), and where that fails they do the same to each other. Fairness among batches is in the query; the watermark is what makes cancelling, priorities and
 //! fairness quick to take effect, because what the broker holds is out of our hands.
 use std::collections::HashSet;
 use std::future::Future;

@@ -26,7 +26,7 @@ pub use catalog::failures::{FailDisposition, Failure};
 pub use catalog::licences::{Acceptance, Licence};
 pub use catalog::listener::{CatalogListener, CatalogNotice};
 pub use catalog::models::{AddModelError, AddedModel, Model, ModelComponent, NewModel};
-pub use catalog::relay::PublishableJob;
+pub use catalog::relay::{PublishableJob, RelayTurn};
 pub use catalog::submission::{NewBatch, NewJob, SubmitError, SubmittedBatch};
 pub use catalog::workers::{NewWorker, WorkerSummary};
 pub use id::{AcceptanceId, BatchId, ImageId, JobId, LicenceId, MicrobatchId, ModelId, WorkerId};

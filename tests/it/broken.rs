@@ -35,9 +35,9 @@ async fn a_broker_restart_loses_and_doubles_nothing() {
     let mut worker = fleet.solid_color_worker(300, &["--max-microbatch", "2"]);
     let done = "SELECT count(*) FROM jobs WHERE state = 'completed'";
     fleet_tests::eventually("the first pictures", SOON, || fleet.count(done), |done| *done >= 4).await;
-    fleet.servers().restart_broker(SOON).await;
     let before = fleet.count(done).await;
     assert!(before < 40, "the broker has to break in the middle, but all was done");
+    fleet.servers().restart_broker(SOON).await;
     fleet.await_all_final(SOON).await;
     assert_eq!(fleet.jobs_in("completed").await, 40);
     fleet.assert_nothing_lost_nothing_twice(&batch, 40, 0).await;

@@ -118,10 +118,9 @@ impl Servers {
             "the broker to answer again",
             deadline,
             || async {
-                lapin::Connection::connect(&uri, lapin::ConnectionProperties::default())
-                    .await
-                    .map(|_| ())
-                    .is_ok()
+                // A broker that is still booting may take the connection and never answer the handshake.
+                let connecting = lapin::Connection::connect(&uri, lapin::ConnectionProperties::default());
+                matches!(tokio::time::timeout(HANDSHAKE, connecting).await, Ok(Ok(_)))
             },
             |answers| *answers,
         )

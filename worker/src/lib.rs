@@ -20,6 +20,7 @@ pub mod failure;
 pub mod generate;
 pub mod infotext;
 pub mod lease;
+pub mod logging;
 pub mod metrics;
 pub mod microbatch;
 pub mod model_files;

@@ -2,12 +2,11 @@
 
 use std::process::ExitCode;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::Parser;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::{error, info};
-use tracing_subscriber::EnvFilter;
-use worker::config::{Cli, Command, Config, LogFormat};
+use worker::config::{Cli, Command, Config};
 use worker::generate::{self, BadInput};
 use worker::run::Shutdown;
 
@@ -19,7 +18,7 @@ const FAILURE: u8 = 1;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    let ended = start_logging(&cli).and_then(|()| match cli.command {
+    let ended = worker::logging::start(&cli).and_then(|()| match cli.command {
         Command::Generate(arguments) => generate::run(&arguments),
         Command::Run(config) => leave(serve(*config)),
     });
@@ -38,17 +37,6 @@ fn leave(ended: Result<()>) -> ! {
 fn exit_code(error: &anyhow::Error) -> u8 {
     eprintln!("error: {error:#}");
     if error.is::<BadInput>() { USAGE } else { FAILURE }
-}
-
-fn start_logging(cli: &Cli) -> Result<()> {
-    let filter =
-        EnvFilter::try_new(&cli.log).with_context(|| format!("--log has a bad filter `{}`", cli.log))?;
-    let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
-    match cli.log_format {
-        LogFormat::Pretty => lines.init(),
-        LogFormat::Json => lines.json().init(),
-    }
-    Ok(())
 }
 
 fn serve(config: Config) -> Result<()> {

@@ -11,6 +11,7 @@ use aws_sdk_s3::primitives::ByteStream;
 use harness::{Folder, Up, eventually};
 use nix::sys::signal::Signal;
 use scheduler::amqp::{self, AmqpQueue};
+use scheduler::local_stack::server_process::ProcessIdentity;
 use scheduler::queue::{OutgoingMessage, PublishOutcome, Queue};
 use schema::{PgCatalog, PriorityBand, job_queue};
 use serde_json::Value;
@@ -172,6 +173,9 @@ async fn a_batch_is_submitted_published_and_cancelled() {
     assert!(no_answer.stderr.contains("Be kind."), "{}", no_answer.stderr);
     folder.run(&["licence", "accept", "demo", "--principal", "ann", "--yes", digest]).success();
 
+    // A second scheduler does no harm.
+    let mut second = folder.command(&["serve"]).spawn().unwrap();
+
     // One key, one batch.
     assert_eq!(folder.run(&[&submit[..], &["--dry-run"]].concat()).success_json()["job_count"], 3);
     assert_eq!(folder.run(&["batches", "--json"]).success_json(), serde_json::json!([]));
@@ -190,6 +194,10 @@ async fn a_batch_is_submitted_published_and_cancelled() {
         queue.ready_count(&declaration.name).await.unwrap() == Some(3)
     })
     .await;
+    let second_id = ProcessIdentity::of(i32::try_from(second.id()).unwrap()).unwrap();
+    second_id.signal(Signal::SIGTERM).unwrap();
+    assert!(second.wait().unwrap().success());
+    assert_eq!(queue.ready_count(&declaration.name).await.unwrap(), Some(3), "each job was published once");
 
     // And again after the broker has lost everything.
     folder.delete_queue(&text("amqp_url"), &declaration.name).await;

@@ -6,6 +6,8 @@
 
 use std::time::Duration;
 
+use sqlx::{Postgres, Transaction};
+
 use super::connection::PgCatalog;
 use super::error::CatalogError;
 use crate::id::{BatchId, JobId, ModelId};
@@ -65,7 +67,42 @@ impl From<PublishableRow> for PublishableJob {
     }
 }
 
+/// The turn to publish, which one relay has at a time. Dropping it, or losing the connection, ends the turn too.
+#[derive(Debug)]
+pub struct RelayTurn {
+    transaction: Transaction<'static, Postgres>,
+}
+
+impl RelayTurn {
+    /// Ends the turn.
+    ///
+    /// # Errors
+    /// When Postgres fails; then it has ended the turn by itself.
+    pub async fn end(self) -> Result<(), CatalogError> {
+        Ok(self.transaction.rollback().await?)
+    }
+}
+
 impl PgCatalog {
+    /// Takes the turn to publish, unless another relay has it. It keeps two relays from publishing everything twice,
+    /// which would be harmless but a waste; nothing else leans on it.
+    ///
+    /// # Errors
+    /// When Postgres fails.
+    pub async fn try_relay_turn(&self) -> Result<Option<RelayTurn>, CatalogError> {
+        // The lock lives as long as a transaction that does nothing, so it works behind a pooler and never lingers.
+        let mut transaction = self.pool.begin().await?;
+        let taken: bool =
+            sqlx::query_scalar("SELECT pg_try_advisory_xact_lock(hashtextextended('darkroom relay', 0))")
+                .fetch_one(&mut *transaction)
+                .await?;
+        if taken {
+            return Ok(Some(RelayTurn { transaction }));
+        }
+        transaction.rollback().await?;
+        Ok(None)
+    }
+
     /// Up to `limit` available, unpublished jobs, taking turns among the batches: the batch with the fewest
     /// jobs on the way (published or running) goes first, and within a batch the jobs keep their order. Locks nothing.
     ///

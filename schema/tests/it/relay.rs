@@ -143,6 +143,16 @@ async fn what_the_broker_lost_is_published_again() {
 
 /// A long backlog may not make the relay's question slow: it hops along the index from batch to batch.
 #[tokio::test]
+async fn one_relay_publishes_at_a_time() {
+    let fixture = Fixture::new().await;
+    let turn = fixture.catalog.try_relay_turn().await.unwrap().expect("nobody else publishes");
+    assert!(fixture.catalog.try_relay_turn().await.unwrap().is_none());
+    turn.end().await.unwrap();
+    let turn = fixture.catalog.try_relay_turn().await.unwrap();
+    assert!(turn.is_some(), "a turn that ended is free to take");
+}
+
+#[tokio::test]
 async fn a_long_backlog_is_not_walked_through() {
     let fixture = Fixture::new().await;
     fixture.submit("long", 20_000).await;
