@@ -34,8 +34,11 @@ def noise_schedule():
 
 
 def spread_timesteps(count):
-    """Random timesteps, one from each of `count` equal stretches: less noisy gradients than free ones."""
-    return ((torch.arange(count) + torch.rand(count)) * 1000 / count).long().clamp(max=999)
+    """Random timesteps, one from each of `count` equally likely stretches: less noisy gradients than free ones.
+
+    Late ones are likelier (density as t^(2/3)): that is where the caption decides colors, shapes and places.
+    """
+    return (((torch.arange(count) + torch.rand(count)) / count) ** 0.6 * 1000).long().clamp(max=999)
 
 
 def weigh(snr):
@@ -67,6 +70,10 @@ def train(rank, args):
     average.load_state_dict(unet.state_dict())
     optimizer = torch.optim.AdamW(unet.parameters(), weight_decay=1e-2, betas=(0.9, 0.99), fused=True)
     state, step, elapsed = loop.load_state(f"{args.work}/unet.pt"), 0, 0.0
+    if args.go_on and not state:
+        begun = UNet2DConditionModel.from_pretrained(f"{args.model}/unet", variant="fp16", torch_dtype=torch.float32)
+        unet.load_state_dict(begun.state_dict())
+        average.load_state_dict(begun.state_dict())
     if state:
         unet.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
@@ -80,9 +87,11 @@ def train(rank, args):
     alphas_cumprod = noise_schedule().alphas_cumprod.to(args.device)
     schedule = loop.Schedule(args.minutes, args.rate, elapsed, warmup=200)
     progress = loop.Progress("unet", rank)
+    # Two things are more to learn than one, so they come twice as often as the pool has them.
+    weights = torch.tensor([float(len(latents.scene_and_rng(int(index))[0].things)) for index in indices])
     parameters = list(unet.parameters())
     while schedule.update(optimizer, step):
-        chosen = torch.randint(len(pool), (BATCH,))
+        chosen = torch.multinomial(weights, BATCH)
         words = [caption(latents.scene_and_rng(int(index))[0], rng) for index in indices[chosen]]
         words = ["" if rng.random() < DROPPED else text for text in words]
         sample = pool[chosen].to(args.device).float()

@@ -51,12 +51,16 @@ pub struct Engine {
 
 /// The thread's last word.
 #[derive(Debug)]
-pub struct EngineEnd(oneshot::Receiver<Result<(), EngineError>>);
+pub struct EngineEnd(Option<oneshot::Receiver<Result<(), EngineError>>>);
 
 impl EngineEnd {
-    /// Waits until the thread has ended: well, when nobody sends microbatches any more. To be awaited once.
+    /// Waits until the thread has ended: well, when nobody sends microbatches any more. Once told, an error is not told
+    /// again.
     pub async fn wait(&mut self) -> Result<(), EngineError> {
-        (&mut self.0).await.unwrap_or(Err(EngineError::Died))
+        let Some(receiver) = &mut self.0 else { return Ok(()) };
+        let end = receiver.await.unwrap_or(Err(EngineError::Died));
+        self.0 = None;
+        end
     }
 }
 
@@ -82,7 +86,7 @@ impl Engine {
             let _ = ended_sender.send(end);
         };
         std::thread::Builder::new().name("engine".to_owned()).spawn(thread).map_err(EngineError::Spawn)?;
-        let mut ended = EngineEnd(ended);
+        let mut ended = EngineEnd(Some(ended));
         match loaded.await {
             Ok(identity) => Ok(Self { identity, microbatches, finished, ended }),
             Err(_) => Err(ended.wait().await.err().unwrap_or(EngineError::Died)),

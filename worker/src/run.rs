@@ -141,7 +141,12 @@ pub async fn run<Q: Queue, S: ObjectStore, C: Catalog>(
     let ended = tokio::select! {
         () = drain.cancelled() => Ok(StopReason::Asked),
         () = idle(&metrics, settings.exit_when_idle) => Ok(StopReason::Idle),
-        end = engine_end.wait() => Err(end.err().unwrap_or(EngineError::Died).into()),
+        end = engine_end.wait() => match end {
+            // Being asked to stop ends the engine too, and it may be the first to tell.
+            Ok(()) if drain.is_cancelled() => Ok(StopReason::Asked),
+            Ok(()) => Err(EngineError::Died.into()),
+            Err(error) => Err(error.into()),
+        },
         panic = first_panic(&mut stages) => Err(RunError::Stage(panic)),
         never = metrics.summarize() => match never {},
     };
