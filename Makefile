@@ -1,7 +1,7 @@
 # Each target is a line or two; what is long lives in deploy/ and demo/.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help deps build demo test bench golden clean
+.PHONY: help deps build demo test chaos load clean
 
 help: ## What there is to make
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -17,6 +17,12 @@ demo: build ## Prompts in, pictures out, on this machine, with a contact sheet t
 
 test: deps ## Everything that CI runs
 	@deploy/run-tests.sh
+
+chaos: build ## Ten minutes of faults under load (CHAOS_SECONDS, CHAOS_SEED), then the promises are checked
+	@target/release/chaos
+
+load: build ## Fifty workers and a backlog (LOAD_JOBS, LOAD_WORKERS), and what grows meanwhile
+	@target/release/load
 
 clean: ## Remove build outputs and the local stack's data; keeps .deps
 	cargo clean

@@ -5,7 +5,11 @@ cd "$(dirname "$0")/.."
 step() { printf '\n== %s\n' "$*"; }
 
 step "format";  cargo fmt --all --check
-step "clippy";  cargo clippy --locked --workspace --all-targets -- -D warnings
-step "docs";    RUSTDOCFLAGS="-D warnings" cargo doc --locked --workspace --no-deps --document-private-items
-step "build";   cargo build --locked --workspace --all-targets
-step "test";    cargo test --locked --workspace --no-fail-fast
+# With the points at which tests kill processes. One set of features throughout, so that nothing is compiled twice.
+features=(--features worker/failpoints,scheduler/failpoints)
+
+step "clippy";  cargo clippy --locked --workspace --all-targets "${features[@]}" -- -D warnings
+step "docs";    RUSTDOCFLAGS="-D warnings" cargo doc --locked --workspace "${features[@]}" --no-deps --document-private-items
+step "build";   cargo build --locked --workspace --all-targets "${features[@]}"
+step "test";    cargo test --locked --workspace "${features[@]}" --no-fail-fast
+step "chaos";   CHAOS_SECONDS=${CHAOS_SECONDS:-60} "${CARGO_TARGET_DIR:-target}/debug/chaos"
