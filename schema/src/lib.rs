@@ -4,7 +4,9 @@
 //! defined here, once, and nothing of AMQP, S3, tensors or threads is. Postgres is reached through
 //! [`PgCatalog`] alone; no type of the SQL library appears in a public signature.
 
+mod broker;
 mod catalog;
+pub mod failpoint;
 mod id;
 mod job_spec;
 mod message;
@@ -16,18 +18,23 @@ mod state;
 mod topology;
 mod words;
 
+pub use broker::{BrokerConcern, BrokerVersion, BrokerVersionError, MIN_BROKER_VERSION, concerns};
 pub use catalog::batches::{BatchProgress, BatchResult, BatchSummary, ImageRecord, ResolveBatchError};
 pub use catalog::cancel::CancelCounts;
 pub use catalog::claims::{ClaimedJob, LeaseReturn};
 pub use catalog::completion::{CompletedJob, SafetyVerdict, StageTimings, StoredObject};
 pub use catalog::connection::{MigrationStatus, PgCatalog};
+pub use catalog::dead_letters::DeadLetter;
 pub use catalog::error::{CatalogError, Source};
 pub use catalog::failures::{FailDisposition, Failure};
+pub use catalog::health::{MicrobatchTimes, ServerHealth};
 pub use catalog::licences::{Acceptance, Licence};
 pub use catalog::listener::{CatalogListener, CatalogNotice};
 pub use catalog::models::{AddModelError, AddedModel, Model, ModelComponent, NewModel};
+pub use catalog::objects::{KeyStanding, NamedObject, ObjectFault, ObjectFaultKind, OrphanHold};
 pub use catalog::relay::{PublishableJob, RelayTurn};
 pub use catalog::submission::{NewBatch, NewJob, SubmitError, SubmittedBatch};
+pub use catalog::verification::{BatchAccount, BrokenPromise};
 pub use catalog::workers::{NewWorker, WorkerSummary};
 pub use id::{AcceptanceId, BatchId, ImageId, JobId, LicenceId, MicrobatchId, ModelId, WorkerId};
 pub use job_spec::fault::{SpecFault, SpecFaults};

@@ -20,6 +20,9 @@ pub struct JobMessage {
     pub job_id: JobId,
     /// What it may share a forward pass with.
     pub microbatch_key: MicrobatchKey,
+    /// The most jobs that it may share a microbatch with, itself included; `None` for as many as fit. A build that does not
+    /// know the field ignores it, and the claimed row decides.
+    pub microbatch_limit: Option<u32>,
 }
 
 /// A message that nobody can read; it belongs among the dead letters.
@@ -52,13 +55,15 @@ struct V1 {
     version: u32,
     job_id: JobId,
     microbatch_key: MicrobatchKey,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    microbatch_limit: Option<u32>,
 }
 
 impl JobMessage {
     /// The message as JSON, in at most 1,024 bytes.
     pub fn encode(&self) -> Vec<u8> {
-        let Self { job_id, microbatch_key } = *self;
-        serde_json::to_vec(&V1 { version: VERSION, job_id, microbatch_key })
+        let Self { job_id, microbatch_key, microbatch_limit } = *self;
+        serde_json::to_vec(&V1 { version: VERSION, job_id, microbatch_key, microbatch_limit })
             .expect("two strings and a number always serialize")
     }
 
@@ -75,9 +80,9 @@ impl JobMessage {
         if version != VERSION {
             return Err(DecodeError::UnknownVersion { version });
         }
-        let V1 { job_id, microbatch_key, .. } =
+        let V1 { job_id, microbatch_key, microbatch_limit, .. } =
             serde_json::from_slice(bytes).map_err(DecodeError::Malformed)?;
-        Ok(Self { job_id, microbatch_key })
+        Ok(Self { job_id, microbatch_key, microbatch_limit })
     }
 }
 
@@ -90,7 +95,15 @@ mod tests {
 
     fn message() -> JobMessage {
         let batch_id: BatchId = "0190f5fe-7c00-7a00-8000-000000000001".parse().unwrap();
-        JobMessage { job_id: JobId::of(batch_id, 0), microbatch_key: "512x512/50/pndm/cfg".parse().unwrap() }
+        let microbatch_key = "512x512/50/pndm/cfg".parse().unwrap();
+        JobMessage { job_id: JobId::of(batch_id, 0), microbatch_key, microbatch_limit: None }
+    }
+
+    #[test]
+    fn only_a_suspect_carries_a_limit() {
+        let suspect = JobMessage { microbatch_limit: Some(2), ..message() };
+        assert_eq!(JobMessage::decode(&suspect.encode()).unwrap(), suspect);
+        assert!(!String::from_utf8(message().encode()).unwrap().contains("limit"));
     }
 
     #[test]

@@ -44,6 +44,11 @@ impl ObjectKey {
         format!("{LAYOUT}/{batch_id}/")
     }
 
+    /// What all keys of this layout start with.
+    pub fn layout_prefix() -> String {
+        format!("{LAYOUT}/")
+    }
+
     /// The batch that the picture belongs to.
     pub fn batch_id(&self) -> BatchId {
         self.batch_id

@@ -21,7 +21,7 @@ pub struct CancelCounts {
 fn cancel_sql(scope: &str, notice: &str) -> String {
     format!(
         "WITH wanted AS (
-            SELECT job_id, state, lease_generation FROM jobs
+            SELECT job_id, state FROM jobs
             WHERE {scope} AND state IN ('available', 'running', 'retryable')
             ORDER BY job_id FOR NO KEY UPDATE
         ), cancelled AS (
@@ -32,15 +32,21 @@ fn cancel_sql(scope: &str, notice: &str) -> String {
             FROM wanted
             WHERE jobs.job_id = wanted.job_id AND jobs.state IN ('available', 'running', 'retryable')
             RETURNING wanted.state
-        ), closed AS (
-            UPDATE attempts SET ended_at = clock_timestamp(), outcome = 'cancelled'
-            FROM wanted
-            WHERE wanted.state = 'running'
-              AND attempts.job_id = wanted.job_id AND attempts.lease_generation = wanted.lease_generation
         ), woken AS (
             SELECT pg_notify('darkroom_cancelled', '{notice}:' || $1) FROM cancelled LIMIT 1
         )
         SELECT count(*), count(*) FILTER (WHERE state = 'running'), (SELECT count(*) FROM woken) FROM cancelled"
+    )
+}
+
+/// Ends the attempts of the jobs that `scope` selects and that are cancelled now. A statement of its own, since the one
+/// before cannot see an attempt that a claim opened while it waited for the job's row.
+fn close_sql(scope: &str) -> String {
+    format!(
+        "UPDATE attempts SET ended_at = clock_timestamp(), outcome = 'cancelled'
+         FROM jobs
+         WHERE attempts.ended_at IS NULL AND jobs.job_id = attempts.job_id
+           AND jobs.{scope} AND jobs.state = 'cancelled'"
     )
 }
 
@@ -64,6 +70,7 @@ impl PgCatalog {
         let sql = cancel_sql("batch_id = $1", "batch");
         let (cancelled, running, _): (i64, i64, i64) =
             sqlx::query_as(&sql).bind(batch_id).fetch_one(&mut *transaction).await?;
+        sqlx::query(&close_sql("batch_id = $1")).bind(batch_id).execute(&mut *transaction).await?;
         transaction.commit().await?;
         Ok(Some(counts(i64::from(job_count), cancelled, running)))
     }
@@ -73,9 +80,12 @@ impl PgCatalog {
     /// # Errors
     /// When Postgres fails.
     pub async fn cancel_job_if_not_final(&self, job_id: JobId) -> Result<Option<CancelCounts>, CatalogError> {
+        let mut transaction = self.pool.begin().await?;
         let sql = cancel_sql("job_id = $1", "job");
         let (cancelled, running, _): (i64, i64, i64) =
-            sqlx::query_as(&sql).bind(job_id).fetch_one(&self.pool).await?;
+            sqlx::query_as(&sql).bind(job_id).fetch_one(&mut *transaction).await?;
+        sqlx::query(&close_sql("job_id = $1")).bind(job_id).execute(&mut *transaction).await?;
+        transaction.commit().await?;
         if cancelled == 0 {
             let exists: bool = sqlx::query_scalar("SELECT EXISTS (SELECT FROM jobs WHERE job_id = $1)")
                 .bind(job_id)

@@ -8,11 +8,12 @@ use std::time::Duration;
 
 use super::connection::PgCatalog;
 use super::error::CatalogError;
+use super::rescue::LOSE;
 use super::rows::SpecColumns;
 use crate::id::{AcceptanceId, BatchId, JobId, MicrobatchId, WorkerId};
 use crate::job_spec::valid::ValidJobSpec;
 use crate::sha256::Sha256Digest;
-use crate::state::Lease;
+use crate::state::{JobState, Lease};
 
 /// A job that this worker may now run.
 #[derive(Clone, Debug, PartialEq)]
@@ -35,6 +36,9 @@ pub struct ClaimedJob {
     pub acceptance_id: AcceptanceId,
     /// The W3C trace context it was submitted under.
     pub traceparent: Option<String>,
+    /// The most jobs that it may share a microbatch with, itself included. With 1 its worker may hold nothing else: it is
+    /// suspected of killing workers. `None` for a job that was never lost.
+    pub microbatch_limit: Option<u32>,
 }
 
 /// What becomes of the messages of released jobs.
@@ -44,6 +48,9 @@ pub enum LeaseReturn {
     MessageRequeued,
     /// They are settled or lost: the relay has to publish the jobs again.
     MessageSettled,
+    /// They are settled, and the process cannot go on: one of the jobs may be what broke it. Counted as lost, as if the
+    /// leases had expired; see [`PgCatalog::rescue_if_lease_expired`].
+    Suspected,
 }
 
 #[derive(sqlx::FromRow)]
@@ -58,9 +65,18 @@ struct ClaimedRow {
     weights_sha256: Sha256Digest,
     acceptance_id: AcceptanceId,
     traceparent: Option<String>,
+    microbatch_limit: Option<i32>,
     #[sqlx(flatten)]
     spec: SpecColumns,
 }
+
+/// Locks those of the given leases that are still held.
+const HELD: &str = "
+                SELECT jobs.job_id, lease_generation FROM jobs
+                JOIN unnest($1::uuid[], $2::bigint[]) AS given (job_id, lease_generation)
+                    USING (job_id, lease_generation)
+                WHERE state = 'running'
+                ORDER BY jobs.job_id FOR NO KEY UPDATE OF jobs";
 
 /// The jobs and generations of `leases` as two arrays, for `unnest`.
 pub(super) fn unzip(leases: &[Lease]) -> (Vec<JobId>, Vec<i64>) {
@@ -140,7 +156,7 @@ impl PgCatalog {
         Ok(query.bind(lease.as_secs_f64()).fetch_all(&self.pool).await?)
     }
 
-    /// Gives jobs back unharmed: available again, the attempt not counted. Returns the jobs whose lease was still held.
+    /// Gives jobs back: available again, the attempt not counted. Returns the jobs whose lease was still held.
     ///
     /// # Errors
     /// When Postgres fails.
@@ -149,15 +165,15 @@ impl PgCatalog {
         leases: &[Lease],
         messages: LeaseReturn,
     ) -> Result<Vec<JobId>, CatalogError> {
+        let (job_ids, generations) = unzip(leases);
+        if messages == LeaseReturn::Suspected {
+            let sql = format!("WITH lost AS ({HELD}), {LOSE}");
+            let query = sqlx::query_as::<_, (JobId, JobState)>(&sql).bind(job_ids).bind(generations);
+            return Ok(query.fetch_all(&self.pool).await?.into_iter().map(|(job_id, _)| job_id).collect());
+        }
         // With its message requeued a job counts as published now, even if the claim came before the relay's mark.
-        let sql = "
-            WITH held AS (
-                SELECT jobs.job_id, lease_generation FROM jobs
-                JOIN unnest($1::uuid[], $2::bigint[]) AS given (job_id, lease_generation)
-                    USING (job_id, lease_generation)
-                WHERE state = 'running'
-                ORDER BY jobs.job_id FOR NO KEY UPDATE OF jobs
-            ), released AS (
+        let sql = format!(
+            "WITH held AS ({HELD}), released AS (
                 UPDATE jobs SET
                     state = 'available',
                     attempt = attempt - 1,
@@ -173,10 +189,10 @@ impl PgCatalog {
             ), woken AS (
                 SELECT pg_notify('darkroom_jobs', '') FROM released WHERE NOT $3 LIMIT 1
             )
-            SELECT job_id FROM released WHERE (SELECT count(*) FROM woken) >= 0";
-        let (job_ids, generations) = unzip(leases);
+            SELECT job_id FROM released WHERE (SELECT count(*) FROM woken) >= 0"
+        );
         let requeued = messages == LeaseReturn::MessageRequeued;
-        Ok(sqlx::query_scalar(sql)
+        Ok(sqlx::query_scalar(&sql)
             .bind(job_ids)
             .bind(generations)
             .bind(requeued)
@@ -198,6 +214,7 @@ impl ClaimedRow {
             weights_sha256: self.weights_sha256,
             acceptance_id: self.acceptance_id,
             traceparent: self.traceparent,
+            microbatch_limit: self.microbatch_limit.map(|limit| u32::try_from(limit).unwrap_or(1)),
         })
     }
 }

@@ -26,12 +26,15 @@ pub struct PublishableJob {
     pub microbatch_key: MicrobatchKey,
     /// The W3C trace context it was submitted under.
     pub traceparent: Option<String>,
+    /// As [`JobMessage::microbatch_limit`].
+    pub microbatch_limit: Option<u32>,
 }
 
 impl PublishableJob {
     /// Its message.
     pub fn message(&self) -> JobMessage {
-        JobMessage { job_id: self.job_id, microbatch_key: self.microbatch_key }
+        let Self { job_id, microbatch_key, microbatch_limit, .. } = *self;
+        JobMessage { job_id, microbatch_key, microbatch_limit }
     }
 }
 
@@ -48,6 +51,7 @@ struct PublishableRow {
     noise_scheduler: NoiseScheduler,
     guidance_scale: f32,
     traceparent: Option<String>,
+    microbatch_limit: Option<i32>,
 }
 
 impl From<PublishableRow> for PublishableJob {
@@ -63,6 +67,7 @@ impl From<PublishableRow> for PublishableJob {
                 classifier_free_guidance: row.guidance_scale > 1.0,
             },
             traceparent: row.traceparent,
+            microbatch_limit: row.microbatch_limit.map(|limit| u32::try_from(limit).unwrap_or(1)),
         }
     }
 }
@@ -92,6 +97,10 @@ impl PgCatalog {
     pub async fn try_relay_turn(&self) -> Result<Option<RelayTurn>, CatalogError> {
         // The lock lives as long as a transaction that does nothing, so it works behind a pooler and never lingers.
         let mut transaction = self.pool.begin().await?;
+        // A scheduler whose machine is gone without a word must not have the turn until TCP gives up.
+        sqlx::query("SET LOCAL idle_in_transaction_session_timeout = '60s'")
+            .execute(&mut *transaction)
+            .await?;
         let taken: bool =
             sqlx::query_scalar("SELECT pg_try_advisory_xact_lock(hashtextextended('darkroom relay', 0))")
                 .fetch_one(&mut *transaction)
@@ -141,7 +150,7 @@ impl PgCatalog {
             LEFT JOIN on_the_way USING (batch_id)
             CROSS JOIN LATERAL (
                 SELECT job_id, jobs.batch_id, width, height, num_inference_steps, noise_scheduler, guidance_scale,
-                       traceparent,
+                       traceparent, microbatch_limit,
                        coalesce(on_the_way.job_count, 0) + row_number() OVER (ORDER BY ordinal) AS turn
                 FROM jobs
                 WHERE state = 'available' AND published_at IS NULL AND model_id = $1 AND band = $2

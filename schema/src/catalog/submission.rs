@@ -12,6 +12,7 @@ use sqlx::{Postgres, Transaction};
 
 use super::connection::PgCatalog;
 use super::error::CatalogError;
+use crate::failpoint;
 use crate::id::{AcceptanceId, BatchId, LicenceId, ModelId};
 use crate::job_spec::SpecDefaults;
 use crate::job_spec::valid::ValidJobSpec;
@@ -242,6 +243,7 @@ impl PgCatalog {
             .bind(batch_id.to_string())
             .execute(&mut *transaction)
             .await?;
+        failpoint::reached("submit::before_commit");
         transaction.commit().await?;
         Ok(SubmittedBatch { batch_id, job_count: jobs.len() as u64, replayed: false })
     }

@@ -56,6 +56,8 @@ pub struct WorkerSummary {
     pub stopped_at: Option<DateTime<Utc>>,
     /// Why it stopped.
     pub stop_reason: Option<String>,
+    /// Whether it stopped because one fault kept coming back, whatever the job.
+    pub is_unfit: bool,
     /// The jobs it holds leases on.
     pub running_count: i64,
 }
@@ -97,6 +99,18 @@ impl PgCatalog {
     /// When Postgres fails.
     pub async fn worker_stopped(&self, worker_id: WorkerId, reason: &str) -> Result<(), CatalogError> {
         let sql = "UPDATE workers SET last_seen_at = now(), stopped_at = now(), stop_reason = $2
+                   WHERE worker_id = $1 AND stopped_at IS NULL";
+        sqlx::query(sql).bind(worker_id).bind(reason).execute(&self.pool).await?;
+        Ok(())
+    }
+
+    /// Records that a worker stops because one fault kept coming back, whatever the job. The first reason stays.
+    ///
+    /// # Errors
+    /// When Postgres fails.
+    pub async fn worker_unfit(&self, worker_id: WorkerId, reason: &str) -> Result<(), CatalogError> {
+        let sql =
+            "UPDATE workers SET last_seen_at = now(), stopped_at = now(), stop_reason = $2, is_unfit = true
                    WHERE worker_id = $1 AND stopped_at IS NULL";
         sqlx::query(sql).bind(worker_id).bind(reason).execute(&self.pool).await?;
         Ok(())

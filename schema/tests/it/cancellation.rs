@@ -1,6 +1,6 @@
 //! Cancelling: what is not final becomes cancelled, what is final stays, and a running worker's lease ends.
 
-use schema::{CancelCounts, ErrorClass, JobState, LeaseLost};
+use schema::{CancelCounts, ErrorClass, JobState, LeaseLost, MicrobatchId};
 
 use crate::support::{Fixture, LEASE, completed, failure};
 
@@ -80,5 +80,49 @@ async fn cancelling_and_completing_at_once_agree() {
         assert_eq!((counts.cancelled, counts.already_final), (6 - recorded, recorded));
         let progress = fixture.catalog.batch_progress(batch_id).await.unwrap().unwrap();
         assert_eq!((progress.completed as u64, progress.cancelled as u64), (recorded, 6 - recorded));
+    }
+}
+
+/// A cancellation that waits while a claim commits has to end the attempt that the claim opened, which its own first
+/// statement cannot see. Found by the chaos run.
+#[tokio::test]
+async fn a_cancellation_ends_an_attempt_that_was_opened_while_it_waited() {
+    let fixture = Fixture::new().await;
+    let worker_id = fixture.worker().await;
+    for whole_batch in [true, false] {
+        let (batch_id, job_ids) = fixture.submit(&format!("whole {whole_batch}"), 1).await;
+        let job_id = job_ids[0];
+        let mut hold = fixture.pool.begin().await.unwrap();
+        sqlx::query("SELECT FROM jobs WHERE job_id = $1 FOR UPDATE")
+            .bind(job_id)
+            .execute(&mut *hold)
+            .await
+            .unwrap();
+        let catalog = fixture.catalog.clone();
+        let claim = tokio::spawn(async move {
+            catalog.claim_if_available(&[job_id], worker_id, MicrobatchId::generate(), LEASE).await
+        });
+        fixture.wait_for_lock(&claim).await;
+        let catalog = fixture.catalog.clone();
+        let cancel = tokio::spawn(async move {
+            if whole_batch {
+                catalog.cancel_batch_if_not_final(batch_id).await
+            } else {
+                catalog.cancel_job_if_not_final(job_id).await
+            }
+        });
+        // Behind the claim, which goes first.
+        let waiting = "SELECT count(*) FROM pg_stat_activity
+                       WHERE wait_event_type = 'Lock' AND datname = current_database()";
+        while fixture.count(waiting).await < 2 {
+            assert!(!cancel.is_finished(), "it did not wait for the claim");
+            tokio::task::yield_now().await;
+        }
+        hold.commit().await.unwrap();
+        assert_eq!(claim.await.unwrap().unwrap().len(), 1);
+        let counts = cancel.await.unwrap().unwrap().unwrap();
+        assert_eq!(counts, CancelCounts { cancelled: 1, of_them_running: 1, already_final: 0 });
+        assert_eq!(fixture.state(job_id).await, JobState::Cancelled);
+        assert_eq!(fixture.outcomes(job_id).await, ["cancelled"]);
     }
 }

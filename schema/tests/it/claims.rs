@@ -131,7 +131,10 @@ async fn a_lease_is_extended_for_its_holder_alone() {
     // One is cancelled, one is rescued and claimed by another, one is late but nobody has taken it.
     fixture.catalog.cancel_job_if_not_final(job_ids[0]).await.unwrap();
     fixture.expire(leases[1]).await;
-    assert_eq!(fixture.catalog.rescue_if_lease_expired(10).await.unwrap(), [job_ids[1]]);
+    assert_eq!(
+        fixture.catalog.rescue_if_lease_expired(10).await.unwrap(),
+        [(job_ids[1], JobState::Available)]
+    );
     fixture.claim_one(job_ids[1], theirs).await;
     fixture.expire(leases[2]).await;
     assert_eq!(extend(&leases, mine).await, [job_ids[2], job_ids[3]]);

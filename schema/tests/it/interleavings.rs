@@ -21,6 +21,7 @@ enum Step {
     Claim { jobs: Vec<usize>, worker: usize },
     Extend { lease: usize },
     Release { lease: usize, requeued: bool },
+    Suspect { lease: usize },
     Fail { lease: usize, can_retry_help: bool },
     Complete { leases: Vec<usize> },
     Cancel { job: usize },
@@ -37,6 +38,7 @@ fn step() -> impl Strategy<Value = Step> {
         6 => (several(), 0..2_usize).prop_map(|(jobs, worker)| Step::Claim { jobs, worker }),
         2 => lease.clone().prop_map(|lease| Step::Extend { lease }),
         2 => (lease.clone(), any::<bool>()).prop_map(|(lease, requeued)| Step::Release { lease, requeued }),
+        2 => lease.clone().prop_map(|lease| Step::Suspect { lease }),
         4 => (lease.clone(), prop::bool::weighted(0.8))
             .prop_map(|(lease, can_retry_help)| Step::Fail { lease, can_retry_help }),
         3 => prop::collection::vec(lease, 1..3).prop_map(|leases| Step::Complete { leases }),
@@ -56,13 +58,30 @@ struct ModelJob {
     expired: bool,
     published: bool,
     outcomes: Vec<&'static str>,
+    /// The size of the microbatch that it was last claimed in.
+    company: u32,
+    limit: Option<u32>,
+    losses_alone: u32,
 }
+
+/// As `max_losses_alone()` in the catalog.
+const MAX_LOSSES_ALONE: u32 = 3;
 
 impl ModelJob {
     fn leave(&mut self, state: JobState, outcome: &'static str) {
         self.state = state;
         self.expired = false;
         *self.outcomes.last_mut().expect("a running job has an attempt") = outcome;
+    }
+
+    /// Its worker is gone, or says that it is going.
+    fn lose(&mut self) {
+        self.losses_alone += u32::from(self.limit == Some(1));
+        self.limit = Some((self.company.min(self.limit.unwrap_or(u32::MAX)) / 2).max(1));
+        let is_guilty = self.losses_alone >= MAX_LOSSES_ALONE;
+        self.leave(if is_guilty { JobState::Discarded } else { JobState::Available }, "lost");
+        self.attempt -= 1;
+        self.published = false;
     }
 
     fn is_held_by(&self, claimed: &ClaimedJob) -> bool {
@@ -106,12 +125,14 @@ impl Model {
                     .await
                     .unwrap();
                 let mut expected = Vec::new();
+                let company = claimed.len() as u32;
                 for &job in jobs {
                     let job = &mut self.jobs[job];
                     if job.state == JobState::Available {
                         job.state = JobState::Running;
                         job.generation += 1;
                         job.attempt += 1;
+                        job.company = company;
                         job.outcomes.push("open");
                         expected.push((job.job_id, job.generation, job.attempt));
                     }
@@ -141,6 +162,16 @@ impl Model {
                     job.leave(JobState::Available, "preempted");
                     job.attempt -= 1;
                     job.published = *requeued;
+                }
+            }
+            Step::Suspect { lease } => {
+                let Some((claimed, _)) = self.lease(*lease) else { return Ok(()) };
+                let released =
+                    catalog.release_if_leased(&[claimed.lease], LeaseReturn::Suspected).await.unwrap();
+                let job = self.job(claimed.lease.job_id);
+                prop_assert_eq!(!released.is_empty(), job.is_held_by(&claimed));
+                if job.is_held_by(&claimed) {
+                    job.lose();
                 }
             }
             Step::Fail { lease, can_retry_help } => {
@@ -209,11 +240,11 @@ impl Model {
             Step::Rescue => {
                 let rescued = catalog.rescue_if_lease_expired(1000).await.unwrap();
                 for job in &mut self.jobs {
-                    prop_assert_eq!(rescued.contains(&job.job_id), job.expired);
-                    if job.expired {
-                        job.leave(JobState::Available, "lost");
-                        job.attempt -= 1;
-                        job.published = false;
+                    let became = rescued.iter().find(|(job_id, _)| *job_id == job.job_id);
+                    prop_assert_eq!(became.is_some(), job.expired);
+                    if let Some((_, state)) = became {
+                        job.lose();
+                        prop_assert_eq!(*state, job.state);
                     }
                 }
             }
@@ -246,6 +277,8 @@ impl Model {
                 prop_assert_eq!(column("published_at IS NOT NULL").await.unwrap() == "true", job.published);
             }
             prop_assert_eq!(fixture.outcomes(job.job_id).await, job.outcomes.clone());
+            prop_assert_eq!(column("microbatch_limit").await, job.limit.map(|limit| limit.to_string()));
+            prop_assert_eq!(column("losses_alone").await, Some(job.losses_alone.to_string()));
         }
         Ok(())
     }
@@ -261,6 +294,9 @@ async fn run(fixture: &Fixture, steps: &[Step]) -> Result<(), TestCaseError> {
         expired: false,
         published: false,
         outcomes: Vec::new(),
+        company: 0,
+        limit: None,
+        losses_alone: 0,
     };
     let jobs = job_ids.into_iter().map(fresh).collect();
     let workers = [fixture.worker().await, fixture.worker().await];

@@ -2,6 +2,7 @@
 #![expect(clippy::unwrap_used, reason = "clippy.toml allows it in test functions; this is for their helpers")]
 
 mod support;
+mod suspects;
 
 mod batches;
 mod cancellation;
@@ -13,6 +14,8 @@ mod interleavings;
 mod licences;
 mod migrations;
 mod notices;
+mod objects;
+mod promises;
 mod relay;
 mod submission;
 mod transitions;

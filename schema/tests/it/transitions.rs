@@ -4,7 +4,8 @@
 use std::fmt::Display;
 
 use schema::{
-    AttemptOutcome, ErrorClass, JobId, JobState, LeaseReturn, NoiseScheduler, PriorityBand, TRANSITIONS,
+    AttemptOutcome, ErrorClass, JobId, JobState, LeaseReturn, NoiseScheduler, ObjectFaultKind, PriorityBand,
+    TRANSITIONS,
 };
 
 use crate::support::{Fixture, completed, failure, rule_of};
@@ -22,13 +23,14 @@ async fn sql_enums_list_the_words_of_the_rust_enums() {
         (ErrorClass::SQL_TYPE, words(ErrorClass::ALL)),
         (PriorityBand::SQL_TYPE, words(PriorityBand::ALL)),
         (NoiseScheduler::SQL_TYPE, words(NoiseScheduler::ALL)),
+        (ObjectFaultKind::SQL_TYPE, words(ObjectFaultKind::ALL)),
     ] {
         let sql = format!("SELECT unnest(enum_range(NULL::{sql_type}))::text");
         let in_sql: Vec<String> = sqlx::query_scalar(&sql).fetch_all(&fixture.pool).await.unwrap();
         assert_eq!(in_sql, words, "{sql_type}");
     }
     let of_ours = "SELECT count(DISTINCT enumtypid) FROM pg_enum";
-    assert_eq!(fixture.count(of_ours).await, 5, "every SQL enum is compared above");
+    assert_eq!(fixture.count(of_ours).await, 6, "every SQL enum is compared above");
 }
 
 #[tokio::test]
