@@ -1,4 +1,4 @@
-//! RabbitMQ behind the [`Queue`] wall; the only file that knows lapin.
+//! RabbitMQ behind the [`Queue`] wall; the only room that knows lapin.
 //!
 //! A supervisor task owns the connection. On any sign that it is gone (an error, a consumer's stream that ends, a broker
 //! that does not answer, or one that has messages and hands none out) the task drops it and builds another, with jittered
@@ -7,6 +7,8 @@
 //! or finished when they are claimed.
 //!
 //! Each band has a channel of its own, so that a closed one takes nothing else with it, and a prefetch of its own.
+
+mod greeting;
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -22,8 +24,8 @@ use lapin::types::{AMQPValue, FieldTable};
 use lapin::uri::AMQPUri;
 use lapin::{Acker, Channel, Connection, ConnectionProperties, Event, ExchangeKind};
 use schema::{
-    ModelName, PriorityBand, QueueArgument, QueueDeclaration, TRACEPARENT_HEADER, dead_letter_exchange,
-    dead_letter_queue, job_queue,
+    BrokerVersion, ModelName, PriorityBand, QueueArgument, QueueDeclaration, TRACEPARENT_HEADER,
+    dead_letter_exchange, dead_letter_queue, job_queue,
 };
 use secrecy::{ExposeSecret, SecretString};
 use tokio::sync::mpsc;
@@ -103,6 +105,22 @@ struct Band {
     deliveries: tokio::sync::Mutex<mpsc::Receiver<Delivery>>,
     /// Deliveries that arrived, ever. Written by the supervisor's forwarding, read by its watchdog.
     arrived: AtomicU64,
+}
+
+/// The version of the RabbitMQ at `url`, without logging in; `None` if it does not answer in time or is no RabbitMQ.
+pub async fn broker_version(url: &SecretString) -> Result<Option<BrokerVersion>, AmqpUrlError> {
+    let uri: AMQPUri = url.expose_secret().parse().map_err(|reason: String| AmqpUrlError { reason })?;
+    match timeout(ANSWER_LIMIT, greeting::broker_version(&uri)).await {
+        Ok(Ok(version)) => Ok(Some(version)),
+        Ok(Err(error)) => {
+            warn!(error = %Chain(&error), "The broker does not tell its version");
+            Ok(None)
+        }
+        Err(_) => {
+            warn!("The broker did not tell its version in time");
+            Ok(None)
+        }
+    }
 }
 
 impl AmqpQueue {

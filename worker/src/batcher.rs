@@ -1,6 +1,6 @@
 //! Groups jobs that can share a forward pass, across batches and bands.
 //!
-//! A plain data structure: time is handed in, nothing here waits or awaits. A group (one [`MicrobatchKey`]) is *due* when
+//! A plain data structure: time is handed in, nothing here waits or awaits. A group (one [`Company`]) is *due* when
 //! it fills a microbatch or when its oldest entry has waited `max_wait`. Of the due groups, the bands take turns
 //! in leading a microbatch, by [`weight`]: with all three bands always waiting, of ten microbatches six are led by `high`,
 //! three by `normal` and one by `low`, so `low` never starves. The leader is its band's oldest due entry; the rest of
@@ -24,12 +24,33 @@ pub const fn weight(band: PriorityBand) -> i64 {
     }
 }
 
+/// What entries have to agree on to share a microbatch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Company {
+    /// One forward pass suits them all.
+    pub key: MicrobatchKey,
+    /// The most of them in one microbatch, where they were lost with a worker before. Those with a limit keep to
+    /// themselves, so that jobs above suspicion are not lost with them.
+    pub limit: Option<u32>,
+}
+
+impl Company {
+    /// Whether its one entry may run only on a worker that holds nothing else.
+    pub fn is_alone(&self) -> bool {
+        self.limit == Some(1)
+    }
+
+    fn cap(&self, max_microbatch: usize) -> usize {
+        self.limit.map_or(max_microbatch, |limit| max_microbatch.min(limit as usize)).max(1)
+    }
+}
+
 /// Entries waiting to become microbatches. `T` is whatever has to ride along with a job.
 #[derive(Debug)]
 pub struct Batcher<T> {
     max_microbatch: usize,
     max_wait: Duration,
-    groups: BTreeMap<MicrobatchKey, Group<T>>,
+    groups: BTreeMap<Company, Group<T>>,
     /// What each band is owed, by smooth weighted round-robin; indexed like `BANDS`.
     credit: [i64; BANDS.len()],
 }
@@ -72,8 +93,8 @@ impl<T> Batcher<T> {
     }
 
     /// Takes an entry in.
-    pub fn push(&mut self, key: MicrobatchKey, band: PriorityBand, entry: T, now: Instant) {
-        let group = self.groups.entry(key).or_insert_with(Group::new);
+    pub fn push(&mut self, company: Company, band: PriorityBand, entry: T, now: Instant) {
+        let group = self.groups.entry(company).or_insert_with(Group::new);
         group.lines[index(band)].push_back(Waiting { entry, since: now });
     }
 
@@ -89,26 +110,28 @@ impl<T> Batcher<T> {
 
     /// When the next microbatch is due: in the past or now if one is; `None` if nothing waits.
     pub fn due_at(&self) -> Option<Instant> {
-        self.groups.values().filter_map(|group| self.group_due_at(group)).min()
+        self.groups.iter().filter_map(|(company, group)| self.group_due_at(company, group)).min()
     }
 
-    /// The next microbatch that is due, as its key and its entries: at least one, at most `max_microbatch`.
-    pub fn next_microbatch(&mut self, now: Instant) -> Option<(MicrobatchKey, Vec<T>)> {
+    /// The next microbatch that is due, as what its entries agree on and those entries: at least one, at most
+    /// `max_microbatch` and their own limit.
+    pub fn next_microbatch(&mut self, now: Instant) -> Option<(Company, Vec<T>)> {
         let leaders = BANDS.map(|band| self.leader(band, now));
         let band = self.take_turn(&leaders)?;
-        let key = leaders[index(band)]?;
-        let group = self.groups.get_mut(&key)?;
-        let mut entries = Vec::with_capacity(self.max_microbatch.min(group.len()));
+        let company = leaders[index(band)]?;
+        let cap = company.cap(self.max_microbatch);
+        let group = self.groups.get_mut(&company)?;
+        let mut entries = Vec::with_capacity(cap.min(group.len()));
         let by_urgency = BANDS.iter().copied().filter(|other| *other != band);
         for band in std::iter::once(band).chain(by_urgency) {
-            let room = self.max_microbatch - entries.len();
+            let room = cap - entries.len();
             let line = &mut group.lines[index(band)];
             entries.extend(line.drain(..line.len().min(room)).map(|waiting| waiting.entry));
         }
         if group.len() == 0 {
-            self.groups.remove(&key);
+            self.groups.remove(&company);
         }
-        Some((key, entries))
+        Some((company, entries))
     }
 
     /// Gives all entries back, whether due or not.
@@ -117,22 +140,23 @@ impl<T> Batcher<T> {
         groups.into_values().flat_map(|group| group.lines).flatten().map(|waiting| waiting.entry).collect()
     }
 
-    fn group_due_at(&self, group: &Group<T>) -> Option<Instant> {
+    fn group_due_at(&self, company: &Company, group: &Group<T>) -> Option<Instant> {
         let oldest = group.oldest()?;
-        Some(if group.len() >= self.max_microbatch { oldest } else { oldest + self.max_wait })
+        let is_full = group.len() >= company.cap(self.max_microbatch);
+        Some(if is_full { oldest } else { oldest + self.max_wait })
     }
 
-    /// The key of the band's oldest entry among the due groups.
-    fn leader(&self, band: PriorityBand, now: Instant) -> Option<MicrobatchKey> {
-        let due =
-            self.groups.iter().filter(|(_, group)| self.group_due_at(group).is_some_and(|due| due <= now));
-        due.filter_map(|(key, group)| Some((group.lines[index(band)].front()?.since, *key)))
+    /// The group of the band's oldest entry among those that are due.
+    fn leader(&self, band: PriorityBand, now: Instant) -> Option<Company> {
+        let is_due = |company, group| self.group_due_at(company, group).is_some_and(|due| due <= now);
+        let due = self.groups.iter().filter(|(company, group)| is_due(company, group));
+        due.filter_map(|(company, group)| Some((group.lines[index(band)].front()?.since, *company)))
             .min()
-            .map(|(_, key)| key)
+            .map(|(_, company)| company)
     }
 
     /// Smooth weighted round-robin among the bands that have a leader.
-    fn take_turn(&mut self, leaders: &[Option<MicrobatchKey>; BANDS.len()]) -> Option<PriorityBand> {
+    fn take_turn(&mut self, leaders: &[Option<Company>; BANDS.len()]) -> Option<PriorityBand> {
         let waiting = || BANDS.iter().copied().filter(|band| leaders[index(*band)].is_some());
         let round: i64 = waiting().map(weight).sum();
         for band in waiting() {

@@ -3,19 +3,22 @@
 //! A microbatch is formed and claimed only when the engine's one waiting place is free, so that a worker holds leases on
 //! what runs and what comes next, and on nothing else; what waits longer stays a mere message that cancelling, priorities
 //! and other workers can still overtake. While the catalog is away the stage waits in place, and consuming stops with it.
+//!
+//! A job that was lost with its workers until it has to run alone is claimed only when this worker holds nothing else, and
+//! nothing is claimed beside it: if the worker dies, it is known which job it was.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use schema::{CatalogError, ClaimedJob, JobId, MicrobatchId, WorkerId};
+use schema::{CatalogError, ClaimedJob, JobId, Lease, LeaseReturn, MicrobatchId, WorkerId};
 use tokio::sync::mpsc;
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
-use tracing::debug;
+use tracing::{debug, warn};
 
-use crate::backoff::Patience;
-use crate::batcher::Batcher;
+use crate::backoff::{Chain, Patience};
+use crate::batcher::{Batcher, Company};
 use crate::catalog::Catalog;
 use crate::control::control;
 use crate::lease::Leases;
@@ -61,14 +64,22 @@ impl<Q: Queue, C: Catalog> Claimer<Q, C> {
                 () = drain.cancelled() => break,
                 place = microbatches.reserve(), if is_due => {
                     let Ok(place) = place else { break };
-                    let Some((_, entries)) = batcher.next_microbatch(Instant::now()) else { continue };
-                    if let Some(microbatch) = self.claim(entries, &drain).await {
+                    let Some((company, entries)) = batcher.next_microbatch(Instant::now()) else { continue };
+                    if company.is_alone() && !self.all_settled(&drain).await {
+                        self.requeue(entries).await;
+                        break;
+                    }
+                    if let Some(microbatch) = self.claim(company, entries, &drain).await {
                         place.send(microbatch);
+                    }
+                    if company.is_alone() && !self.all_settled(&drain).await {
+                        break;
                     }
                 }
                 entry = entries.recv() => {
                     let Some(entry) = entry else { break };
-                    batcher.push(entry.message.microbatch_key, entry.band, entry, Instant::now());
+                    let (key, limit) = (entry.message.microbatch_key, entry.message.microbatch_limit);
+                    batcher.push(Company { key, limit }, entry.band, entry, Instant::now());
                 }
                 () = sleep_until(due_at.unwrap_or_else(Instant::now)), if due_at.is_some() && !is_due => {}
             }
@@ -78,13 +89,32 @@ impl<Q: Queue, C: Catalog> Claimer<Q, C> {
         while let Some(entry) = entries.recv().await {
             self.acknowledger.nack(entry.tag, Requeue::Yes).await;
         }
-        for entry in batcher.drain() {
+        self.requeue(batcher.drain()).await;
+    }
+
+    async fn requeue(&self, entries: Vec<Entry>) {
+        for entry in entries {
             self.acknowledger.nack(entry.tag, Requeue::Yes).await;
         }
     }
 
+    /// Waits until this worker holds no lease; false if it is to stop instead.
+    async fn all_settled(&self, drain: &CancellationToken) -> bool {
+        tokio::select! {
+            biased;
+            () = drain.cancelled() => false,
+            () = self.leases.settled() => true,
+        }
+    }
+
     /// Claims what it can get of a microbatch and settles the rest.
-    async fn claim(&self, entries: Vec<Entry>, drain: &CancellationToken) -> Option<Microbatch> {
+    async fn claim(
+        &self,
+        company: Company,
+        entries: Vec<Entry>,
+        drain: &CancellationToken,
+    ) -> Option<Microbatch> {
+        schema::failpoint::reached("claimer::before_claim");
         let microbatch_id = MicrobatchId::generate();
         let job_ids: Vec<JobId> = entries.iter().map(|entry| entry.message.job_id).collect();
         let patience = Patience { limit: PATIENCE, give_up: drain.clone() };
@@ -97,12 +127,12 @@ impl<Q: Queue, C: Catalog> Claimer<Q, C> {
             .await;
         let Ok(claimed) = claimed else {
             // Draining. If the claim went through unseen, its lease lapses and the job is rescued.
-            for entry in entries {
-                self.acknowledger.nack(entry.tag, Requeue::Yes).await;
-            }
+            self.requeue(entries).await;
             return None;
         };
+        schema::failpoint::reached("claimer::after_claim");
         let (pictures, rest) = pair(claimed, entries);
+        let pictures = self.part_from_suspects(company, pictures).await;
         for tag in rest {
             // Finished, cancelled, running elsewhere or twice in here: the catalog knows, the message is spent. If it runs
             // elsewhere and is lost there, the rescuer has it published again.
@@ -119,6 +149,26 @@ impl<Q: Queue, C: Catalog> Claimer<Q, C> {
         let (handle, control) = control(leases.iter().map(|lease| lease.job_id).collect(), drain.clone());
         self.leases.hold(leases, handle).await;
         Some(Microbatch { microbatch_id, pictures, control })
+    }
+
+    /// Gives back the jobs whose row asks for less company than their message did: it was sent before they were lost. The
+    /// relay publishes them again, with the limit.
+    async fn part_from_suspects(&self, company: Company, pictures: Vec<Picture>) -> Vec<Picture> {
+        let fits = |picture: &Picture| {
+            picture.job.microbatch_limit.is_none() || picture.job.microbatch_limit == company.limit
+        };
+        let (pictures, suspects): (Vec<_>, Vec<_>) = pictures.into_iter().partition(fits);
+        if suspects.is_empty() {
+            return pictures;
+        }
+        let leases: Vec<Lease> = suspects.iter().map(|picture| picture.job.lease).collect();
+        if let Err(error) = self.catalog.release_if_leased(&leases, LeaseReturn::MessageSettled).await {
+            warn!(error = %Chain(&error), "{} jobs could not be given back; their leases will lapse", leases.len());
+        }
+        for picture in suspects {
+            self.acknowledger.ack(picture.tag).await;
+        }
+        pictures
     }
 }
 

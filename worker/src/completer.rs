@@ -19,6 +19,7 @@ use tracing::{debug, error, info, warn};
 use crate::backoff::{Chain, Patience};
 use crate::catalog::Catalog;
 use crate::failure::JobError;
+use crate::fitness::Fitness;
 use crate::lease::Leases;
 use crate::metrics::Metrics;
 use crate::microbatch::{Finished, FinishedPicture, Outcome, Picture};
@@ -61,6 +62,8 @@ pub struct Completer<Q, S, C> {
     pub identity: Arc<WorkerIdentity>,
     /// Counts.
     pub metrics: Arc<Metrics>,
+    /// Hears how each picture ended.
+    pub fitness: Arc<Fitness>,
     /// Ends the waiting for servers that are away.
     pub give_up: CancellationToken,
 }
@@ -88,16 +91,19 @@ impl<Q: Queue, S: ObjectStore, C: Catalog> Completer<Q, S, C> {
     pub async fn finish(&self, finished: Finished) {
         let Finished { microbatch_id, pictures } = finished;
         let job_ids = pictures.iter().map(|picture| picture.lease().job_id).collect();
-        let (mut drawn, mut failed, mut stopped, mut lost) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let (mut drawn, mut failed, mut stopped) = (Vec::new(), Vec::new(), Vec::new());
+        let (mut lost, mut suspected) = (Vec::new(), Vec::new());
         for FinishedPicture { picture, outcome, times } in pictures {
             match outcome {
                 Outcome::Image(image) => drawn.push((picture, image, times)),
                 Outcome::Failed(error) => failed.push((picture, JobError::from(error))),
                 Outcome::Stopped => stopped.push(picture),
                 Outcome::LeaseLost => lost.push(picture),
+                Outcome::Suspected => suspected.push(picture),
             }
         }
 
+        schema::failpoint::reached("completer::before_store");
         // 1. Store. A crash before: the leases lapse, the jobs run again, nothing was visible.
         let mut completions = Vec::new();
         let stored = stream::iter(drawn).map(|(picture, image, times)| self.store(picture, image, times));
@@ -108,16 +114,21 @@ impl<Q: Queue, S: ObjectStore, C: Catalog> Completer<Q, S, C> {
             }
         }
 
+        schema::failpoint::reached("completer::after_store");
         // 2. Complete. A crash between 1 and 2: objects without rows; the jobs run again, and the same bytes find their
         //    objects there already. Never a row without its object.
         let (completed, mut gone) = self.complete(completions, &mut failed).await;
         lost.append(&mut gone);
 
+        schema::failpoint::reached("completer::after_complete");
         // 3. Ack. A crash between 2 and 3: the broker hands the messages out again, and claiming finds the jobs completed.
         if !completed.is_empty() {
             info!(microbatch.id = %microbatch_id, batch.size = completed.len(), "Completed {} pictures", completed.len());
         }
         self.metrics.completed.add(completed.len());
+        if !completed.is_empty() {
+            self.fitness.succeeded();
+        }
         for picture in completed {
             self.acknowledger.ack(picture.tag).await;
         }
@@ -132,7 +143,9 @@ impl<Q: Queue, S: ObjectStore, C: Catalog> Completer<Q, S, C> {
                 stopped.push(released);
             }
         }
+        schema::failpoint::reached("completer::after_ack");
         self.release(stopped).await;
+        self.suspect(suspected).await;
         self.leases.forget(job_ids).await;
     }
 
@@ -205,7 +218,7 @@ impl<Q: Queue, S: ObjectStore, C: Catalog> Completer<Q, S, C> {
             prompt_truncated: image.prompt_truncated,
             weights_sha256: picture.job.weights_sha256,
             device: pipeline.device.clone(),
-            dtype: pipeline.dtype.clone(),
+            dtype: image.dtype.clone(),
             noise_dtype: pipeline.noise_dtype.clone(),
             timings: StageTimings {
                 text_encoder_ms: milliseconds(times.text_encoder),
@@ -266,6 +279,10 @@ impl<Q: Queue, S: ObjectStore, C: Catalog> Completer<Q, S, C> {
             warn!(job.id = %job_id, job.attempt = attempt, error = %Chain(&error), "Job `{job_id}` is given back");
             return Some(picture);
         };
+        if self.fitness.failed(job_id, &failure) {
+            warn!(job.id = %job_id, error = %Chain(&error), "Job `{job_id}` is given back: this worker is unfit");
+            return Some(picture);
+        }
         let recorded = self
             .patience()
             .insist("record a failure", CatalogError::is_transient, || {
@@ -323,6 +340,31 @@ impl<Q: Queue, S: ObjectStore, C: Catalog> Completer<Q, S, C> {
         .await;
         for picture in requeued.into_iter().chain(settled) {
             self.acknowledger.nack(picture.tag, Requeue::Yes).await;
+        }
+    }
+
+    /// Gives jobs back that were in the call that broke the engine. Their messages are spent: the relay sends others, which
+    /// say in how small a company they may run.
+    async fn suspect(&self, pictures: Vec<Picture>) {
+        if pictures.is_empty() {
+            return;
+        }
+        let leases: Vec<Lease> = pictures.iter().map(|picture| picture.job.lease).collect();
+        let patience = Patience { limit: RELEASE_PATIENCE, give_up: CancellationToken::new() };
+        let released = patience
+            .insist("give suspects back", CatalogError::is_transient, || {
+                self.catalog.release_if_leased(&leases, LeaseReturn::Suspected)
+            })
+            .await;
+        match released {
+            Ok(released) => self.metrics.suspected.add(released.len()),
+            // Lapsing leases have the same end.
+            Err(error) => {
+                warn!(error = %Chain(&error), "{} suspects could not be given back; their leases will lapse", leases.len())
+            }
+        }
+        for picture in pictures {
+            self.acknowledger.ack(picture.tag).await;
         }
     }
 

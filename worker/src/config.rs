@@ -96,6 +96,11 @@ pub struct Config {
     /// Stop after so many seconds without work. By default the worker waits forever.
     #[arg(long, env = "DARKROOM_EXIT_WHEN_IDLE_SECONDS", value_name = "SECONDS")]
     pub exit_when_idle_seconds: Option<u64>,
+    /// Hand everything back, say unfit, and exit with an error when so many jobs in a row failed alike: then it is the
+    /// machine and not the jobs. Lower it where bad cards are common and jobs rarely fail.
+    #[arg(long, env = "DARKROOM_UNFIT_AFTER", default_value_t = 5, value_name = "JOBS",
+          value_parser = clap::value_parser!(u16).range(2..=1000))]
+    pub unfit_after: u16,
     /// What people call this worker. By default the name of its machine.
     #[arg(long, env = "DARKROOM_WORKER_NAME", value_name = "NAME")]
     pub name: Option<String>,

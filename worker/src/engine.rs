@@ -3,7 +3,8 @@
 //! Microbatches come through a channel of capacity one, so exactly one waits while one runs, and nothing async ever holds
 //! a tensor. A call that fails is taken apart before anybody is blamed: out of memory or an error of the whole call runs
 //! the halves again, so that one bad job does not cost its neighbors their attempts. A job that failed before runs
-//! alone. A panic or a device fault poisons the engine: what it held goes back, and the process ends.
+//! alone. A panic or a device fault poisons the engine: the pictures of that call go back as suspects, all others unharmed,
+//! and the process ends. A picture that panics alone is known to be the reason, and fails.
 
 use std::collections::{HashMap, VecDeque};
 use std::ops::Range;
@@ -159,8 +160,12 @@ impl EngineThread {
                     calls.push_front(call.start..middle);
                 }
                 Err(failure) => {
+                    // A device that fails does so whatever it is given: even alone the picture need not be the reason.
+                    let is_proof = call.len() == 1 && !matches!(failure, PipelineError::Device { .. });
                     for slot in &mut slots[call] {
-                        *slot = Some((Outcome::Failed(failure.clone()), StageTimes::default()));
+                        let outcome =
+                            if is_proof { Outcome::Failed(failure.clone()) } else { Outcome::Suspected };
+                        *slot = Some((outcome, StageTimes::default()));
                     }
                     poison = failure.is_poisonous().then_some(failure);
                 }

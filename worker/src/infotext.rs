@@ -19,34 +19,78 @@ const NEGATIVE_PROMPT: &str = "Negative prompt:";
 /// How many hexadecimal digits of a model's digest the web UI shows.
 const MODEL_HASH_DIGITS: usize = 10;
 
+/// What the text says.
+#[derive(Debug, Clone, Copy)]
+pub struct Parameters<'a> {
+    /// The text followed.
+    pub prompt: &'a str,
+    /// The text avoided; may be empty.
+    pub negative_prompt: &'a str,
+    /// Denoising steps.
+    pub num_inference_steps: u32,
+    /// The noise scheduler.
+    pub noise_scheduler: NoiseScheduler,
+    /// Weight of classifier-free guidance.
+    pub guidance_scale: f64,
+    /// The seed of the noise.
+    pub seed: u64,
+    /// Pixels in a row.
+    pub width: u32,
+    /// Rows.
+    pub height: u32,
+    /// What people call the model.
+    pub model: &'a str,
+    /// Our digest over all of the model's component files, if it was taken. Not of one checkpoint file.
+    pub weights_sha256: Option<&'a Sha256Digest>,
+}
+
 /// The `parameters` text of a job's picture.
-///
-/// `Model hash` is the beginning of our digest over all of the model's component files, not of one checkpoint file.
 pub fn infotext(spec: &ValidJobSpec, model_name: &str, weights_sha256: &Sha256Digest) -> String {
-    let mut text = sanitized(spec.prompt());
-    let negative_prompt = sanitized(spec.negative_prompt());
-    if !negative_prompt.is_empty() {
-        // Writing into a String cannot fail.
-        let _ = write!(text, "\n{NEGATIVE_PROMPT} {negative_prompt}");
+    let parameters = Parameters {
+        prompt: spec.prompt(),
+        negative_prompt: spec.negative_prompt(),
+        num_inference_steps: spec.num_inference_steps(),
+        noise_scheduler: spec.noise_scheduler(),
+        // By way of the shortest text: 7.1 stays 7.1.
+        guidance_scale: spec.guidance_scale().to_string().parse().unwrap_or_default(),
+        seed: spec.seed().into(),
+        width: spec.width(),
+        height: spec.height(),
+        model: model_name,
+        weights_sha256: Some(weights_sha256),
+    };
+    parameters.to_infotext()
+}
+
+impl Parameters<'_> {
+    /// The text.
+    pub fn to_infotext(&self) -> String {
+        let mut text = sanitized(self.prompt);
+        let negative_prompt = sanitized(self.negative_prompt);
+        if !negative_prompt.is_empty() {
+            // Writing into a String cannot fail.
+            let _ = write!(text, "\n{NEGATIVE_PROMPT} {negative_prompt}");
+        }
+        let (sampler, schedule_type) = sampler(self.noise_scheduler);
+        let model_hash =
+            self.weights_sha256.map(|sha256| sha256.to_string().chars().take(MODEL_HASH_DIGITS).collect());
+        let parameters = [
+            ("Steps", Some(self.num_inference_steps.to_string())),
+            ("Sampler", Some(sampler.to_owned())),
+            ("Schedule type", schedule_type.map(str::to_owned)),
+            ("CFG scale", Some(self.guidance_scale.to_string())),
+            ("Seed", Some(self.seed.to_string())),
+            ("Size", Some(format!("{}x{}", self.width, self.height))),
+            ("Model hash", model_hash),
+            ("Model", Some(self.model.to_owned())),
+            // Readers take a missing RNG for the GPU's generator, which draws other noise from the same seed.
+            ("RNG", Some("CPU".to_owned())),
+            ("Version", Some(format!("darkroom {}", env!("CARGO_PKG_VERSION")))),
+        ];
+        let pairs =
+            parameters.into_iter().filter_map(|(key, value)| Some(format!("{key}: {}", quoted(&value?))));
+        text + "\n" + &pairs.collect::<Vec<_>>().join(", ")
     }
-    let (sampler, schedule_type) = sampler(spec.noise_scheduler());
-    let mut model_hash = weights_sha256.to_string();
-    model_hash.truncate(MODEL_HASH_DIGITS);
-    let parameters = [
-        ("Steps", Some(spec.num_inference_steps().to_string())),
-        ("Sampler", Some(sampler.to_owned())),
-        ("Schedule type", schedule_type.map(str::to_owned)),
-        ("CFG scale", Some(spec.guidance_scale().to_string())),
-        ("Seed", Some(spec.seed().to_string())),
-        ("Size", Some(format!("{}x{}", spec.width(), spec.height()))),
-        ("Model hash", Some(model_hash)),
-        ("Model", Some(model_name.to_owned())),
-        // Readers take a missing RNG for the GPU's generator, which draws other noise from the same seed.
-        ("RNG", Some("CPU".to_owned())),
-        ("Version", Some(format!("darkroom {}", env!("CARGO_PKG_VERSION")))),
-    ];
-    let pairs = parameters.into_iter().filter_map(|(key, value)| Some(format!("{key}: {}", quoted(&value?))));
-    text + "\n" + &pairs.collect::<Vec<_>>().join(", ")
 }
 
 /// The names that readers know our noise schedulers by: sampler and schedule type.

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use schema::{CatalogError, JobId, Lease, WorkerId};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, Interval, MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
@@ -31,6 +31,7 @@ const DRAIN_INTERVAL: Duration = Duration::from_millis(100);
 enum Command {
     Hold(Vec<Lease>, ControlHandle),
     Forget(Vec<JobId>),
+    TellWhenSettled(oneshot::Sender<()>),
 }
 
 /// The stages' end of the lease keeper.
@@ -50,6 +51,14 @@ impl Leases {
     pub async fn forget(&self, job_ids: Vec<JobId>) {
         // As above.
         let _ = self.commands.send(Command::Forget(job_ids)).await;
+    }
+
+    /// Returns when the fate of every job that was held before is settled.
+    pub async fn settled(&self) {
+        let (tell, told) = oneshot::channel();
+        // As above; without a keeper nobody can tell, and the worker is ending.
+        let _ = self.commands.send(Command::TellWhenSettled(tell)).await;
+        let _ = told.await;
     }
 }
 
@@ -85,6 +94,8 @@ pub struct LeaseKeeper<C> {
     metrics: Arc<Metrics>,
     commands: mpsc::Receiver<Command>,
     in_flight: Vec<InFlight>,
+    /// Told as soon as nothing is in flight.
+    waiting: Vec<oneshot::Sender<()>>,
     /// The one extension under way. Not awaited in place, so that a slow catalog does not hold up a drain.
     extension: JoinSet<Extension>,
 }
@@ -99,10 +110,10 @@ impl<C: Catalog> LeaseKeeper<C> {
         metrics: Arc<Metrics>,
     ) -> (Leases, Self) {
         let (sender, commands) = mpsc::channel(1);
-        let (in_flight, extension) = (Vec::new(), JoinSet::new());
+        let (in_flight, waiting, extension) = (Vec::new(), Vec::new(), JoinSet::new());
         (
             Leases { commands: sender },
-            Self { catalog, worker_id, lease, deadlines, metrics, commands, in_flight, extension },
+            Self { catalog, worker_id, lease, deadlines, metrics, commands, in_flight, waiting, extension },
         )
     }
 
@@ -123,6 +134,7 @@ impl<C: Catalog> LeaseKeeper<C> {
                         }
                         self.in_flight.retain(|microbatch| !microbatch.leases.is_empty());
                     }
+                    Some(Command::TellWhenSettled(tell)) => self.waiting.push(tell),
                     None => return,
                 },
                 _ = ticks.tick() => self.extend(),
@@ -137,6 +149,12 @@ impl<C: Catalog> LeaseKeeper<C> {
                 }
                 _ = drain_ticks.tick(), if draining_until.is_some() => {
                     self.drain(draining_until.unwrap_or_else(Instant::now));
+                }
+            }
+            if self.in_flight.is_empty() {
+                for tell in self.waiting.drain(..) {
+                    // Whoever asked may have stopped waiting.
+                    let _ = tell.send(());
                 }
             }
         }

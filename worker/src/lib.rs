@@ -17,6 +17,7 @@ pub mod control;
 pub mod diffusion;
 pub mod engine;
 pub mod failure;
+pub mod fitness;
 pub mod generate;
 pub mod infotext;
 pub mod lease;

@@ -17,6 +17,7 @@ const USAGE: u8 = 2;
 const FAILURE: u8 = 1;
 
 fn main() -> ExitCode {
+    schema::failpoint::arm();
     let cli = Cli::parse();
     let ended = worker::logging::start(&cli).and_then(|()| match cli.command {
         Command::Generate(arguments) => generate::run(&arguments),

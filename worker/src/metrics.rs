@@ -64,6 +64,8 @@ pub struct Metrics {
     pub leases_lost: Counter,
     /// Jobs given back unharmed.
     pub released: Counter,
+    /// Jobs given back because one of them may have broken the engine.
+    pub suspected: Counter,
     /// Attempts ended with an error.
     pub failed: Counter,
     /// How long a picture takes from its last denoising step to its ack, lately.
@@ -77,6 +79,7 @@ impl Default for Metrics {
         Self {
             deliveries: Counter::default(),
             settled: Counter::default(),
+            suspected: Counter::default(),
             settled_ineffective: Counter::default(),
             unreadable: Counter::default(),
             not_claimed: Counter::default(),

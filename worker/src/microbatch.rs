@@ -49,6 +49,9 @@ pub enum Outcome {
     Stopped,
     /// Failed.
     Failed(PipelineError),
+    /// Was in the call that broke the engine: this picture or a neighbor is the reason, or the device. The job goes back
+    /// as lost with its worker, and is not charged.
+    Suspected,
 }
 
 /// A picture that the engine is done with.

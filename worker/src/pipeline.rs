@@ -43,6 +43,8 @@ pub struct GeneratedImage {
     pub special_care_scores: Vec<f32>,
     /// The prompt was longer than the text encoder reads.
     pub prompt_truncated: bool,
+    /// What it was computed in: the pipeline's dtype, or `f32` where that gave numbers that are not finite.
+    pub dtype: String,
 }
 
 /// What became of one picture of a call.

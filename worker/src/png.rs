@@ -14,7 +14,7 @@ use crate::pipeline::GeneratedImage;
 /// The version of [`PictureRecord`]; a field that changes its meaning raises it.
 const RECORD_VERSION: u32 = 1;
 /// Keyword of the chunk that other programs read.
-const PARAMETERS: &str = "parameters";
+pub const PARAMETERS: &str = "parameters";
 /// Keyword of our own chunk.
 const DARKROOM: &str = "darkroom";
 

@@ -20,6 +20,7 @@ use crate::claimer::Claimer;
 use crate::completer::{Completer, WorkerIdentity};
 use crate::consumer::Consumer;
 use crate::engine::{Engine, EngineError};
+use crate::fitness::Fitness;
 use crate::lease::{Deadlines, LeaseKeeper};
 use crate::metrics::Metrics;
 use crate::object_store::ObjectStore;
@@ -48,6 +49,8 @@ pub struct RunSettings {
     pub grace: Duration,
     /// Stop after so long without work.
     pub exit_when_idle: Option<Duration>,
+    /// Stop when so many jobs in a row failed alike.
+    pub unfit_after: usize,
 }
 
 /// The walls, with what stands behind them.
@@ -91,6 +94,12 @@ pub enum RunError {
     /// The engine is no good any more.
     #[error(transparent)]
     Engine(#[from] EngineError),
+    /// One fault kept coming back, whatever the job.
+    #[error("this worker is unfit: {reason}")]
+    Unfit {
+        /// Which fault, and how often.
+        reason: String,
+    },
     /// A mistake in one of the stages.
     #[error("a stage of the worker died")]
     Stage(#[source] JoinError),
@@ -117,6 +126,7 @@ pub async fn run<Q: Queue, S: ObjectStore, C: Catalog>(
     let mut stages = JoinSet::new();
     let (leases, keeper) = LeaseKeeper::new(catalog.clone(), worker_id, lease, deadlines, metrics.clone());
     stages.spawn(keeper.run(wake_ups));
+    let fitness = Arc::new(Fitness::new(settings.unfit_after));
     let completer = Completer {
         acknowledger: acknowledger.clone(),
         store,
@@ -124,6 +134,7 @@ pub async fn run<Q: Queue, S: ObjectStore, C: Catalog>(
         leases: leases.clone(),
         identity,
         metrics: metrics.clone(),
+        fitness: fitness.clone(),
         give_up: give_up.clone(),
     };
     stages.spawn(completer.run(finished));
@@ -147,6 +158,11 @@ pub async fn run<Q: Queue, S: ObjectStore, C: Catalog>(
             Ok(()) => Err(EngineError::Died.into()),
             Err(error) => Err(error.into()),
         },
+        reason = fitness.unfit() => {
+            // What waits or runs would fail alike.
+            give_up.cancel();
+            Err(RunError::Unfit { reason })
+        }
         panic = first_panic(&mut stages) => Err(RunError::Stage(panic)),
         never = metrics.summarize() => match never {},
     };

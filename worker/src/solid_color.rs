@@ -4,6 +4,9 @@
 //! operator can try a queue, a bucket and a catalog without weights or a GPU. It takes as many denoising steps as its
 //! jobs ask for, spreads its time over them, and obeys every verdict as a model does.
 
+#[cfg(feature = "failpoints")]
+mod injected;
+
 use std::time::{Duration, Instant};
 
 use schema::{Sha256Digest, ValidJobSpec};
@@ -52,6 +55,10 @@ impl Pipeline for SolidColorPipeline {
         let step = self.time_per_picture * batch_size / num_steps;
         let mut lost = vec![false; specs.len()];
         for steps_done in 1..=num_steps {
+            #[cfg(feature = "failpoints")]
+            if steps_done == 1 {
+                injected::fault(specs)?;
+            }
             control.wait(step);
             match control.after_step(steps_done as usize, num_steps as usize) {
                 Verdict::Continue { lost: now_lost } => lost.copy_from_slice(now_lost),
@@ -64,6 +71,8 @@ impl Pipeline for SolidColorPipeline {
         let pictures = specs.iter().zip(lost).map(|(spec, lost)| {
             if lost { PictureOutcome::Dropped } else { PictureOutcome::Finished(plain(spec)) }
         });
+        #[cfg(feature = "failpoints")]
+        let pictures = pictures.zip(specs).map(|(picture, spec)| injected::spoil(picture, spec));
         Ok(Generated { pictures: pictures.collect(), times: times(started) })
     }
 }
@@ -85,5 +94,6 @@ fn plain(spec: &ValidJobSpec) -> GeneratedImage {
         concept_scores: Vec::new(),
         special_care_scores: Vec::new(),
         prompt_truncated: false,
+        dtype: "f32".to_owned(),
     }
 }

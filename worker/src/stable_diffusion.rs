@@ -1,10 +1,11 @@
 //! The model behind the [`Pipeline`] wall: job specs to the model code's requests, and its answers back.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use schema::{NoiseScheduler, ValidJobSpec};
+use tracing::warn;
 
 use crate::control::{Control, Verdict};
 use crate::diffusion::pipeline_stable_diffusion::{NoiseKind, StageSeconds};
@@ -32,6 +33,7 @@ const DEVICE_FAILED: [&str; 3] = ["CUDA error", "STATUS_EXECUTION_FAILED", "STAT
 pub struct StableDiffusionPipeline {
     model: diffusion::StableDiffusionPipeline,
     identity: PipelineIdentity,
+    folder: PathBuf,
 }
 
 impl StableDiffusionPipeline {
@@ -47,7 +49,53 @@ impl StableDiffusionPipeline {
             dtype: dtype.to_string(),
             noise_dtype: NoiseKind::of(dtype).to_string(),
         };
-        Ok(Self { model, identity })
+        Ok(Self { model, identity, folder: folder.to_owned() })
+    }
+
+    /// Draws once more, in f32, what gave numbers that are not finite in half precision: its range is the usual reason. The
+    /// first noise stays that of the dtype asked for. The weights are read for it and dropped after it: it is rare, and
+    /// memory is better spent on microbatches.
+    fn retry_in_f32(&self, specs: &[&ValidJobSpec], pictures: &mut [PictureOutcome], control: &mut Control) {
+        let options = self.model.options();
+        let is_not_finite = |picture: &PictureOutcome| {
+            matches!(picture, PictureOutcome::Failed(PipelineError::NonFinite { .. }))
+        };
+        if options.dtype == ComputeDtype::F32 || !pictures.iter().any(is_not_finite) {
+            return;
+        }
+        let options = LoadOptions { dtype: ComputeDtype::F32, ..options };
+        let model = match diffusion::StableDiffusionPipeline::from_pretrained(&self.folder, &options) {
+            Ok(model) => model,
+            Err(error) => {
+                let error = format!("{:#}", anyhow::Error::new(error));
+                return warn!(error, "Values that are not finite could not be tried again in f32");
+            }
+        };
+        for (index, picture) in pictures.iter_mut().enumerate().filter(|(_, picture)| is_not_finite(picture))
+        {
+            warn!(
+                "A picture had values that are not finite in {}; drawing it again in f32",
+                self.identity.dtype
+            );
+            let spec = specs[index];
+            let noise = Some(NoiseKind::of(self.model.options().dtype));
+            let parameters = GenerationParameters { noise, ..parameters(spec) };
+            let generation = model.generate(&[request(spec)], &parameters, &mut |progress| match control
+                .after_step(progress.step_index + 1, progress.num_steps)
+            {
+                Verdict::Stop => StepControl::Stop,
+                Verdict::Continue { lost } if lost[index] => StepControl::Stop,
+                Verdict::Continue { .. } => StepControl::Continue,
+            });
+            *picture = match generation {
+                Ok(mut generation) => match generation.images.pop() {
+                    Some(image) => outcome(image, ComputeDtype::F32),
+                    None => continue,
+                },
+                Err(diffusion::PipelineError::Stopped { .. }) => PictureOutcome::Dropped,
+                Err(error) => PictureOutcome::Failed(classify(error, 1)),
+            };
+        }
     }
 }
 
@@ -67,7 +115,10 @@ impl Pipeline for StableDiffusionPipeline {
         });
         match generation {
             Ok(generation) => {
-                let pictures = generation.images.into_iter().map(outcome).collect();
+                let dtype = self.model.options().dtype;
+                let images = generation.images.into_iter();
+                let mut pictures: Vec<_> = images.map(|image| outcome(image, dtype)).collect();
+                self.retry_in_f32(specs, &mut pictures, control);
                 Ok(Generated { pictures, times: times(generation.seconds) })
             }
             Err(diffusion::PipelineError::Stopped { .. }) => {
@@ -123,7 +174,7 @@ fn step_control(progress: &StepProgress<'_>, verdict: Verdict<'_>) -> StepContro
     }
 }
 
-fn outcome(image: Result<diffusion::GeneratedImage, ImageError>) -> PictureOutcome {
+fn outcome(image: Result<diffusion::GeneratedImage, ImageError>, dtype: ComputeDtype) -> PictureOutcome {
     match image {
         Ok(image) => {
             let safety = image.safety;
@@ -138,6 +189,7 @@ fn outcome(image: Result<diffusion::GeneratedImage, ImageError>) -> PictureOutco
                     .unwrap_or_default(),
                 special_care_scores: safety.map(|verdict| verdict.special_care_scores).unwrap_or_default(),
                 prompt_truncated: image.truncated_prompt.is_some(),
+                dtype: dtype.to_string(),
             })
         }
         Err(ImageError::Dropped { .. }) => PictureOutcome::Dropped,

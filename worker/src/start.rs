@@ -5,12 +5,15 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use schema::{CatalogError, CatalogNotice, Model, NewWorker, PgCatalog, WorkerId};
+use schema::{
+    CatalogError, CatalogNotice, Model, NewWorker, PgCatalog, PriorityBand, WorkerId, concerns,
+    dead_letter_queue, job_queue,
+};
 use tokio::sync::mpsc;
 use tokio::time::{interval, sleep, timeout};
 use tracing::{info, warn};
 
-use crate::amqp::{AmqpQueue, AmqpSettings};
+use crate::amqp::{self, AmqpQueue, AmqpSettings};
 use crate::backoff::{Backoff, Chain, Patience};
 use crate::config::{Config, PipelineChoice};
 use crate::engine::Engine;
@@ -18,7 +21,7 @@ use crate::metrics::Metrics;
 use crate::model_files;
 use crate::object_store::S3ObjectStore;
 use crate::pipeline::PipelineLoader;
-use crate::run::{Adapters, FAREWELL, RunSettings, Shutdown, StopReason, run};
+use crate::run::{Adapters, FAREWELL, RunError, RunSettings, Shutdown, StopReason, run};
 use crate::solid_color::{self, SolidColorPipeline};
 use crate::stable_diffusion::{self, StableDiffusionPipeline};
 
@@ -41,6 +44,7 @@ pub async fn start(config: Config, shutdown: Shutdown) -> Result<()> {
     let Some(model) = model else {
         bail!("there is no model `{}`\nhint: register it with `darkroom models add`", config.model);
     };
+    check_broker(&config).await?;
     let load = pipeline_loader(&config, model.clone()).await?;
     let store = S3ObjectStore::connect(config.s3_bucket.clone(), config.s3_addressing()).await;
     let worker = new_worker(&config, &model);
@@ -54,7 +58,14 @@ pub async fn start(config: Config, shutdown: Shutdown) -> Result<()> {
         Ok(StopReason::Idle) => "idle".to_owned(),
         Err(error) => format!("{error:#}"),
     };
-    match timeout(FAREWELL, catalog.worker_stopped(worker_id, &reason)).await {
+    let is_unfit = |error: &anyhow::Error| matches!(error.downcast_ref(), Some(RunError::Unfit { .. }));
+    let farewell = async {
+        match &served {
+            Err(error) if is_unfit(error) => catalog.worker_unfit(worker_id, &reason).await,
+            _ => catalog.worker_stopped(worker_id, &reason).await,
+        }
+    };
+    match timeout(FAREWELL, farewell).await {
         Ok(Ok(())) => info!(worker.id = %worker_id, "Stopped: {reason}"),
         Ok(Err(error)) => warn!(error = %Chain(&error), "The worker's end could not be recorded"),
         Err(_) => warn!("The worker's end could not be recorded in time"),
@@ -95,6 +106,7 @@ async fn serve(
         lease: config.lease(),
         grace: config.grace(),
         exit_when_idle: config.exit_when_idle(),
+        unfit_after: config.unfit_after.into(),
     };
     let adapters = Adapters {
         queue: queue.clone(),
@@ -117,6 +129,19 @@ async fn connect_catalog(config: &Config, shutdown: &Shutdown) -> Result<PgCatal
         bail!("the catalog's tables are older than this program\nhint: run `darkroom migrate`");
     }
     Ok(catalog)
+}
+
+/// Refuses a broker that would break a promise. One that does not answer now is waited for later, as at any time.
+async fn check_broker(config: &Config) -> Result<()> {
+    let Some(version) = amqp::broker_version(&config.amqp_url).await? else { return Ok(()) };
+    let queues = [job_queue(&config.model, PriorityBand::Normal), dead_letter_queue()];
+    for concern in queues.iter().flat_map(|queue| concerns(version, queue)) {
+        if concern.breaks_a_promise {
+            bail!("{}\nhint: {}", concern.what, concern.hint);
+        }
+        warn!(hint = concern.hint, "{}", concern.what);
+    }
+    Ok(())
 }
 
 /// Checks what can be checked before loading, and tells how to load.

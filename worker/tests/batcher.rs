@@ -8,12 +8,17 @@ use std::time::Duration;
 use proptest::prelude::*;
 use schema::{MicrobatchKey, PriorityBand};
 use tokio::time::Instant;
-use worker::batcher::{Batcher, weight};
+use worker::batcher::{Batcher, Company, weight};
 
 const MAX_WAIT: Duration = Duration::from_millis(100);
 
-fn key(size: u32) -> MicrobatchKey {
-    format!("{}x512/50/pndm/cfg", 64 * (size + 1)).parse().expect("a well-formed key")
+/// Any company for small sizes; the last size is that of suspects, two at most together.
+const SUSPECTS: u32 = 3;
+
+fn key(size: u32) -> Company {
+    let key: MicrobatchKey =
+        format!("{}x512/50/pndm/cfg", 64 * (size + 1)).parse().expect("a well-formed key");
+    Company { key, limit: (size == SUSPECTS).then_some(2) }
 }
 
 #[derive(Debug, Clone)]
@@ -39,7 +44,7 @@ proptest! {
     ) {
         let mut batcher = Batcher::new(max_microbatch, MAX_WAIT);
         let mut now = Instant::now();
-        let mut waiting: BTreeMap<usize, (MicrobatchKey, Instant)> = BTreeMap::new();
+        let mut waiting: BTreeMap<usize, (Company, Instant)> = BTreeMap::new();
         for (number, event) in events.into_iter().enumerate() {
             match event {
                 Event::Pass { millis } => now += Duration::from_millis(millis),
@@ -58,11 +63,13 @@ proptest! {
                                 prop_assert!(*since + MAX_WAIT > now);
                                 *counts.entry(*key).or_insert(0) += 1;
                             }
-                            prop_assert!(counts.values().all(|count| *count < max_microbatch));
+                            let cap = |key: &Company| max_microbatch.min(key.limit.unwrap_or(u32::MAX) as usize);
+                            prop_assert!(counts.iter().all(|(key, count)| *count < cap(key)));
                         }
                         Some((key, entries)) => {
                             prop_assert!(due);
                             prop_assert!(!entries.is_empty() && entries.len() <= max_microbatch);
+                            prop_assert!(key.limit.is_none_or(|limit| entries.len() <= limit as usize));
                             for entry in entries {
                                 let (pushed_key, _) = waiting.remove(&entry).expect("an entry left twice");
                                 prop_assert_eq!(pushed_key, key);

@@ -135,6 +135,7 @@ fn image(spec: &ValidJobSpec) -> GeneratedImage {
         concept_scores: vec![-0.031, -0.1],
         special_care_scores: vec![-0.2],
         prompt_truncated: false,
+        dtype: "f32".to_owned(),
     }
 }
 

@@ -25,6 +25,7 @@ pub struct Row {
     pub image: Option<CompletedJob>,
     pub failure: Option<Failure>,
     pub released_as: Option<LeaseReturn>,
+    pub microbatch_limit: Option<u32>,
 }
 
 #[derive(Debug)]
@@ -59,6 +60,7 @@ impl MemoryCatalog {
             image: None,
             failure: None,
             released_as: None,
+            microbatch_limit: None,
         };
         let job_id = JobId::of(batch_id, ordinal);
         self.rows.lock().unwrap().insert(job_id, row);
@@ -143,6 +145,7 @@ impl Catalog for MemoryCatalog {
                     weights_sha256: Sha256Digest::of(b"weights"),
                     acceptance_id: "0190f5fe-7c00-7a00-8000-000000000002".parse::<AcceptanceId>().unwrap(),
                     traceparent: None,
+                    microbatch_limit: row.microbatch_limit,
                 });
             }
         }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use schema::{ErrorClass, JobState, PriorityBand, ValidJobSpec};
+use schema::{ErrorClass, JobState, LeaseReturn, PriorityBand, ValidJobSpec};
 use worker::engine::EngineError;
 use worker::pipeline::{PictureOutcome, PipelineError, Source};
 use worker::run::RunError;
@@ -191,13 +191,107 @@ async fn a_panic_poisons_the_engine_and_gives_back_what_waits() {
     );
     for job_id in first {
         let row = worker.row(job_id);
-        assert_eq!(row.state, JobState::Retryable);
-        let failure = row.failure.expect("a failure");
-        assert_eq!((failure.class, failure.can_retry_help), (ErrorClass::Bug, true));
-        assert_eq!(failure.message, "the pipeline panicked: a mistake in the model code");
+        assert_eq!(
+            (row.state, row.attempt),
+            (JobState::Available, 0),
+            "one of four is guilty, and not known yet"
+        );
+        assert_eq!(row.released_as, Some(LeaseReturn::Suspected));
+        assert!(row.failure.is_none());
     }
     for job_id in second {
         let row = worker.row(job_id);
         assert_eq!((row.state, row.attempt), (JobState::Available, 0));
+        assert_ne!(row.released_as, Some(LeaseReturn::Suspected), "it was not even begun");
     }
+}
+
+#[tokio::test]
+async fn a_picture_that_panics_alone_is_charged() {
+    let mut worker = WorkerUnderTest::new(Setup::full_microbatches(1));
+    let job_id = worker.submit(0, PriorityBand::Normal);
+    worker
+        .start_scripted(|log| ScriptedPipeline::new(log, |_, _| panic!("a mistake in the model code")))
+        .await;
+    worker.ended().await.expect_err("the process has to end with an error");
+    let row = worker.row(job_id);
+    assert_eq!(row.state, JobState::Retryable);
+    let failure = row.failure.expect("a failure");
+    assert_eq!((failure.class, failure.can_retry_help), (ErrorClass::Bug, true));
+    assert_eq!(failure.message, "the pipeline panicked: a mistake in the model code");
+}
+
+#[tokio::test]
+async fn a_device_that_fails_charges_nobody() {
+    let mut worker = WorkerUnderTest::new(Setup::full_microbatches(1));
+    let job_id = worker.submit(0, PriorityBand::Normal);
+    let fail = || PipelineError::Device { source: source("an illegal memory access") };
+    worker.start_scripted(move |log| ScriptedPipeline::new(log, move |_, _| Err(fail()))).await;
+    worker.ended().await.expect_err("the process has to end with an error");
+    let row = worker.row(job_id);
+    assert_eq!((row.state, row.attempt), (JobState::Available, 0));
+    assert_eq!(row.released_as, Some(LeaseReturn::Suspected));
+}
+
+#[tokio::test]
+async fn a_suspect_runs_alone_on_a_worker_that_holds_nothing_else() {
+    let mut worker = WorkerUnderTest::new(Setup { max_microbatch: 2, ..Setup::default() });
+    let jobs = worker.submit_many(0..2);
+    let suspect = worker.catalog.insert(worker.batch_id, 2, worker.row(jobs[0]).spec);
+    worker.catalog.update(suspect, |row| row.microbatch_limit = Some(1));
+    worker.publish(suspect, PriorityBand::Normal);
+    let more = worker.submit_many(3..5);
+    worker.start_scripted(|log| ScriptedPipeline::new(log, |specs, _| Ok(draw(specs)))).await;
+    worker.wait_for_acks(5).await;
+    worker.drain().await.expect("a good end");
+    for job_id in jobs.into_iter().chain(more).chain([suspect]) {
+        assert_eq!(worker.state(job_id), JobState::Completed);
+    }
+    let events = worker.log.events();
+    let claimed = worker.log.position(&Event::Claimed(vec![2]));
+    let completed = worker.log.position(&Event::Completed(vec![2]));
+    let held = |events: &[Event]| {
+        events.iter().fold(0_i64, |held, event| match event {
+            Event::Claimed(ordinals) => held + ordinals.len() as i64,
+            Event::Acked(_) => held - 1,
+            _ => held,
+        })
+    };
+    assert_eq!(held(&events[..claimed]), 0, "something was held when the suspect was claimed: {events:?}");
+    let between = &events[claimed + 1..completed];
+    assert!(!between.iter().any(|event| matches!(event, Event::Claimed(_))), "claimed beside it: {events:?}");
+}
+
+#[tokio::test]
+async fn a_message_from_before_the_loss_does_not_bring_a_suspect_into_company() {
+    let mut worker = WorkerUnderTest::new(Setup::full_microbatches(2));
+    let jobs = worker.submit_many(0..2);
+    worker.catalog.update(jobs[1], |row| row.microbatch_limit = Some(1));
+    worker.start_scripted(|log| ScriptedPipeline::new(log, |specs, _| Ok(draw(specs)))).await;
+    worker.wait_for_acks(2).await;
+    worker.drain().await.expect("a good end");
+    assert_eq!(worker.state(jobs[0]), JobState::Completed);
+    let row = worker.row(jobs[1]);
+    assert_eq!((row.state, row.attempt), (JobState::Available, 0));
+    assert_eq!(
+        row.released_as,
+        Some(LeaseReturn::MessageSettled),
+        "the relay sends a message with the limit"
+    );
+}
+
+#[tokio::test]
+async fn a_worker_that_fails_job_after_job_alike_stops_and_hands_back() {
+    let mut worker = WorkerUnderTest::new(Setup { unfit_after: 3, ..Setup::full_microbatches(1) });
+    let jobs = worker.submit_many(0..6);
+    let fail = || PipelineError::OutOfMemory { batch_size: 1, source: source("full") };
+    worker.start_scripted(move |log| ScriptedPipeline::new(log, move |_, _| Err(fail()))).await;
+    let ended = worker.ended().await;
+    assert!(
+        matches!(&ended, Err(RunError::Unfit { reason }) if reason.starts_with("3 jobs in a row")),
+        "{ended:?}"
+    );
+    let states: Vec<JobState> = jobs.iter().map(|job_id| worker.state(*job_id)).collect();
+    assert_eq!(states.iter().filter(|state| **state == JobState::Retryable).count(), 2, "{states:?}");
+    assert_eq!(states.iter().filter(|state| **state == JobState::Available).count(), 4, "{states:?}");
 }

@@ -70,6 +70,7 @@ pub fn picture(spec: &ValidJobSpec) -> GeneratedImage {
         concept_scores: vec![-0.25],
         special_care_scores: vec![],
         prompt_truncated: false,
+        dtype: "f32".to_owned(),
     }
 }
 

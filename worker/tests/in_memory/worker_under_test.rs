@@ -97,11 +97,18 @@ pub struct Setup {
     pub max_wait: Duration,
     pub grace: Duration,
     pub exit_when_idle: Option<Duration>,
+    pub unfit_after: usize,
 }
 
 impl Default for Setup {
     fn default() -> Self {
-        Self { max_microbatch: 4, max_wait: Duration::from_millis(20), grace: PATIENCE, exit_when_idle: None }
+        Self {
+            max_microbatch: 4,
+            max_wait: Duration::from_millis(20),
+            grace: PATIENCE,
+            exit_when_idle: None,
+            unfit_after: 1_000,
+        }
     }
 }
 
@@ -168,6 +175,7 @@ impl WorkerUnderTest {
             lease: Duration::from_secs(60),
             grace: self.setup.grace,
             exit_when_idle: self.setup.exit_when_idle,
+            unfit_after: self.setup.unfit_after,
         };
         let adapters = Adapters {
             queue: self.queue.clone(),
@@ -201,8 +209,14 @@ impl WorkerUnderTest {
     }
 
     pub fn publish(&self, job_id: JobId, band: PriorityBand) {
+        let row = self.catalog.row(job_id);
+        self.publish_with_limit(job_id, band, row.microbatch_limit);
+    }
+
+    /// A message that says how large a company its job may run in, whatever the row says.
+    pub fn publish_with_limit(&self, job_id: JobId, band: PriorityBand, microbatch_limit: Option<u32>) {
         let microbatch_key = self.catalog.row(job_id).spec.microbatch_key();
-        self.queue.publish(band, JobMessage { job_id, microbatch_key }.encode());
+        self.queue.publish(band, JobMessage { job_id, microbatch_key, microbatch_limit }.encode());
     }
 
     pub fn submit_many(&self, ordinals: std::ops::Range<u32>) -> Vec<JobId> {
