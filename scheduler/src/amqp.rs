@@ -1,12 +1,17 @@
-//! RabbitMQ behind the [`Queue`] wall; the only file that knows lapin.
+//! RabbitMQ behind the [`Queue`] wall; the only room that knows lapin.
 //!
 //! A supervisor task owns the connection. On any sign that it is gone, the task drops it and builds another, with
 //! jittered backoff and a limit on every step; lapin's own recovery stays off, because it can wait forever. What was
 //! published on a lost connection is [`PublishOutcome::Unknown`]: the relay publishes it again, and workers make
 //! the second message harmless.
+mod dead_letters;
+mod greeting;
+mod probe;
+
 use std::sync::Arc;
 use std::time::Duration;
 
+pub use dead_letters::TakenDeadLetters;
 use futures::StreamExt;
 use lapin::options::{
     BasicPublishOptions, ConfirmSelectOptions, ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions,
@@ -17,8 +22,12 @@ use lapin::uri::AMQPUri;
 use lapin::{
     BasicProperties, Channel, Confirmation, Connection, ConnectionProperties, ErrorKind, Event, ExchangeKind,
 };
+pub use probe::{DeclaredQueue, QueueProbe};
 use rand::RngExt;
-use schema::{QueueArgument, QueueDeclaration, TRACEPARENT_HEADER, dead_letter_exchange, dead_letter_queue};
+use schema::{
+    BrokerVersion, QueueArgument, QueueDeclaration, TRACEPARENT_HEADER, dead_letter_exchange,
+    dead_letter_queue,
+};
 use secrecy::{ExposeSecret, SecretString};
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinHandle;
@@ -210,16 +219,33 @@ impl Link {
 
 /// Whether a client can log in at `url` now.
 pub async fn answers(url: &SecretString) -> bool {
-    let Ok(uri) = parse(url) else { return false };
-    match connect(&uri).await {
-        Ok(link) => {
-            close(&link).await;
-            true
-        }
-        Err(error) => {
-            debug!(error = error.to_string(), "The broker does not answer yet");
-            false
-        }
+    let answer = log_in(url).await;
+    if let Err(error) = &answer {
+        debug!(error = error.to_string(), "The broker does not answer yet");
+    }
+    answer.is_ok()
+}
+
+/// Logs in at `url` and out again.
+///
+/// # Errors
+/// With the reason, if that cannot be done.
+pub async fn log_in(url: &SecretString) -> Result<(), QueueError> {
+    close(&connect(&parse(url)?).await?).await;
+    Ok(())
+}
+
+/// The version of the RabbitMQ at `url`, without logging in.
+///
+/// # Errors
+/// If it does not answer in time, or is no RabbitMQ.
+pub async fn broker_version(url: &SecretString) -> Result<BrokerVersion, QueueError> {
+    let uri = parse(url)?;
+    let what = "ask for its version";
+    match time::timeout(ANSWER_LIMIT, greeting::broker_version(&uri)).await {
+        Ok(Ok(version)) => Ok(version),
+        Ok(Err(error)) => Err(QueueError::Failed { what, reason: error.to_string() }),
+        Err(_) => Err(QueueError::TimedOut { what, seconds: ANSWER_LIMIT.as_secs() }),
     }
 }
 

@@ -7,7 +7,7 @@ use clap::{Args, Parser, Subcommand};
 use schema::{ModelName, PriorityBand};
 
 use crate::config::GlobalArgs;
-use crate::maintenance::MaintenanceSettings;
+use crate::maintenance::{INSPECTED_SAMPLE, MaintenanceSettings, ORPHANS_OLDER_THAN};
 use crate::prompt_file::PromptFormat;
 use crate::submission::BatchDefaults;
 
@@ -58,6 +58,13 @@ pub enum Command {
     Cancel(CancelArgs),
     /// Download a batch's pictures, checked against their records.
     Fetch(FetchArgs),
+    /// Check a batch completely, rows and objects; exits with 1 if a promise is broken. Changes nothing.
+    Verify(VerifyArgs),
+    /// Try out what the fleet leans on and say what to change; exits with 1 if something is dangerous.
+    Doctor,
+    /// Look after objects, messages and dead letters once, as `serve` does all the time; exits with 1 if an object is
+    /// missing or not what its row says.
+    Reconcile(ReconcileArgs),
 }
 
 /// `darkroom up`
@@ -259,6 +266,37 @@ pub struct FetchArgs {
     /// Also draw all pictures on one page, each with its prompt, seed and verdict.
     #[arg(long, value_name = "FILE.png")]
     pub contact_sheet: Option<PathBuf>,
+}
+
+/// `darkroom verify`
+#[derive(Debug, Args)]
+pub struct VerifyArgs {
+    /// The batch.
+    pub batch: String,
+    /// Download and hash every picture. Without it the store is asked for size and SHA-256, and some stores keep none.
+    #[arg(long)]
+    pub deep: bool,
+}
+
+/// `darkroom reconcile`
+#[derive(Debug, Args)]
+pub struct ReconcileArgs {
+    /// Say what would be done and change nothing.
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Seconds that an object has to be old, by the store's clock, before it can count as an orphan.
+    #[arg(long, default_value_t = ORPHANS_OLDER_THAN.as_secs(), value_name = "SECONDS")]
+    pub orphans_older_than: u64,
+    /// Pictures to compare with their rows, drawn by chance.
+    #[arg(long, default_value_t = INSPECTED_SAMPLE, value_name = "N")]
+    pub sample: u32,
+    /// Also download those of the sample whose SHA-256 the store does not tell.
+    #[arg(long)]
+    pub deep: bool,
+    /// Seconds after which messages count as lost if their queue is empty and nobody claimed their jobs.
+    #[arg(long, default_value_t = 120, value_name = "SECONDS",
+          value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    pub republish_after: u64,
 }
 
 #[cfg(test)]

@@ -1,15 +1,18 @@
 //! One file a command: takes the settings, asks the catalog and the walls, and shows what came out.
 mod batches;
 mod cancel;
+mod doctor;
 mod down;
 mod fetch;
 mod licence;
 mod migrate;
 mod models;
+mod reconcile;
 mod serve;
 mod status;
 mod submit;
 mod up;
+mod verify;
 mod watch;
 
 use anyhow::{Context, Result};
@@ -55,6 +58,9 @@ pub async fn run(cli: Cli) -> Result<Outcome> {
         Command::Watch(arguments) => return watch::run(&arguments, &settings, terminal).await,
         Command::Cancel(arguments) => cancel::run(&arguments, &settings, terminal).await,
         Command::Fetch(arguments) => return fetch::run(arguments, &settings, terminal).await,
+        Command::Verify(arguments) => return verify::run(&arguments, &settings, terminal).await,
+        Command::Doctor => return doctor::run(&settings, terminal).await,
+        Command::Reconcile(arguments) => return reconcile::run(&arguments, &settings, terminal).await,
     };
     done.map(|()| Outcome::Done)
 }

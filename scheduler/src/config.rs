@@ -107,6 +107,21 @@ pub enum S3Access {
     },
 }
 
+impl S3Settings {
+    /// The bucket of the local stack at `endpoints`.
+    pub fn of_local_stack(endpoints: &Endpoints) -> Self {
+        Self {
+            bucket: endpoints.s3_bucket.clone(),
+            access: S3Access::LocalStack {
+                endpoint_url: endpoints.aws_endpoint_url.clone(),
+                region: endpoints.aws_region.clone(),
+                access_key_id: endpoints.aws_access_key_id.clone(),
+                secret_access_key: endpoints.aws_secret_access_key.clone(),
+            },
+        }
+    }
+}
+
 /// The shared settings, resolved as far as a command asks for them.
 #[derive(Clone, Debug)]
 pub struct Settings {
@@ -176,15 +191,7 @@ impl Settings {
             });
         }
         let local = self.local_stack.as_ref().with_context(|| self.nothing_tells("S3_BUCKET"))?;
-        Ok(S3Settings {
-            bucket: local.s3_bucket.clone(),
-            access: S3Access::LocalStack {
-                endpoint_url: local.aws_endpoint_url.clone(),
-                region: local.aws_region.clone(),
-                access_key_id: local.aws_access_key_id.clone(),
-                secret_access_key: local.aws_secret_access_key.clone(),
-            },
-        })
+        Ok(S3Settings::of_local_stack(local))
     }
 
     fn nothing_tells(&self, variable: &str) -> String {

@@ -12,6 +12,7 @@ const USAGE: u8 = 2;
 // The main thread runs the command itself, and the children of `up` end with the thread that started them.
 #[tokio::main]
 async fn main() -> ExitCode {
+    schema::failpoint::arm();
     let cli = Cli::parse();
     let terminal = Terminal { json: cli.global.json };
     match commands::run(cli).await {

@@ -7,7 +7,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Result;
-use schema::{CatalogNotice, PgCatalog};
+use chrono::Utc;
+use schema::{CatalogNotice, ObjectKey, PgCatalog};
 use tokio::sync::Notify;
 use tokio::time::{self, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
@@ -15,9 +16,12 @@ use tokio_util::task::TaskTracker;
 use tracing::{debug, info, warn};
 
 use crate::amqp::AmqpQueue;
+use crate::object_inspector::Depth;
+use crate::object_store::S3ObjectStore;
+use crate::orphan_collector::{Collection, CollectorReport};
 use crate::queue::QueueError;
 use crate::relay::Relay;
-use crate::{republisher, rescuer, stager};
+use crate::{dead_letter_recorder, object_inspector, orphan_collector, republisher, rescuer, stager};
 
 /// Workers drain the queues meanwhile, so the watermark has to last longer than this.
 const RELAY_INTERVAL: Duration = Duration::from_secs(1);
@@ -27,6 +31,14 @@ const STAGER_INTERVAL: Duration = Duration::from_secs(1);
 const RESCUER_INTERVAL: Duration = Duration::from_secs(2);
 /// The republisher looks several times within the time that it waits for.
 const REPUBLISHER_INTERVAL_MAX: Duration = Duration::from_secs(15);
+/// Dead letters are rare, and asking for them is cheap.
+const DEAD_LETTER_INTERVAL: Duration = Duration::from_secs(5);
+/// Listing a bucket of a million pictures takes a thousand requests, and orphans hurry nobody.
+const BUCKET_INTERVAL: Duration = Duration::from_secs(6 * 3600);
+/// Objects younger than this are left alone, by default.
+pub const ORPHANS_OLDER_THAN: Duration = Duration::from_secs(24 * 3600);
+/// Objects that one run of the inspector looks at, by default.
+pub const INSPECTED_SAMPLE: u32 = 1_000;
 /// After the listener's connection failed.
 const LISTEN_AGAIN: Duration = Duration::from_secs(2);
 
@@ -37,6 +49,15 @@ pub struct MaintenanceSettings {
     pub watermark: u32,
     /// When unclaimed messages of an empty queue count as lost.
     pub republish_after: Duration,
+}
+
+/// The bucket that the loops look after.
+#[derive(Clone, Debug)]
+pub struct Bucket {
+    /// How to reach it.
+    pub store: S3ObjectStore,
+    /// Its name.
+    pub name: String,
 }
 
 /// Brings one thing in order, as far as it can now.
@@ -52,6 +73,9 @@ struct RelayLoop(PgCatalog, Arc<AmqpQueue>, Relay);
 struct RepublisherLoop(PgCatalog, Arc<AmqpQueue>, Duration);
 struct StagerLoop(PgCatalog);
 struct RescuerLoop(PgCatalog);
+struct DeadLetterLoop(PgCatalog, Arc<AmqpQueue>);
+struct CollectorLoop(PgCatalog, Bucket);
+struct InspectorLoop(PgCatalog, Bucket);
 
 impl Reconciler for RelayLoop {
     const NAME: &'static str = "relay";
@@ -91,10 +115,56 @@ impl Reconciler for RescuerLoop {
     }
 }
 
+impl Reconciler for DeadLetterLoop {
+    const NAME: &'static str = "dead-letter recorder";
+
+    async fn run_once(&mut self) -> Result<()> {
+        dead_letter_recorder::run_once(&self.0, &self.1).await.map(drop)
+    }
+}
+
+impl Reconciler for CollectorLoop {
+    const NAME: &'static str = "orphan collector";
+
+    async fn run_once(&mut self) -> Result<()> {
+        let Self(catalog, bucket) = self;
+        collect(catalog, bucket, ORPHANS_OLDER_THAN, false).await.map(drop)
+    }
+}
+
+impl Reconciler for InspectorLoop {
+    const NAME: &'static str = "object inspector";
+
+    async fn run_once(&mut self) -> Result<()> {
+        let Self(catalog, bucket) = self;
+        object_inspector::run_once(catalog, &bucket.store, INSPECTED_SAMPLE, Depth::Head, false)
+            .await
+            .map(drop)
+    }
+}
+
+/// Runs the orphan collector over all our keys, by the store's clock.
+///
+/// # Errors
+/// As [`orphan_collector::run_once`].
+pub async fn collect(
+    catalog: &PgCatalog,
+    bucket: &Bucket,
+    older_than: Duration,
+    dry_run: bool,
+) -> Result<CollectorReport> {
+    let Bucket { store, name } = bucket;
+    // A clock of ours that is a day ahead must not make every object old.
+    let now = store.clock(name).await.unwrap_or_else(Utc::now);
+    let collection = Collection { now, older_than, dry_run };
+    orphan_collector::run_once(catalog, store, name, &ObjectKey::layout_prefix(), collection).await
+}
+
 /// Runs all loops until `shutdown`, then lets the runs in progress end.
 pub async fn run(
     catalog: PgCatalog,
     queue: Arc<AmqpQueue>,
+    bucket: Option<Bucket>,
     settings: MaintenanceSettings,
     shutdown: CancellationToken,
 ) {
@@ -108,8 +178,16 @@ pub async fn run(
     let relay = RelayLoop(catalog.clone(), Arc::clone(&queue), Relay::new(watermark));
     loops.spawn(repeat(relay, RELAY_INTERVAL, jobs_available, shutdown.clone()));
     let interval = (republish_after / 4).min(REPUBLISHER_INTERVAL_MAX);
-    let republisher = RepublisherLoop(catalog.clone(), queue, republish_after);
+    let republisher = RepublisherLoop(catalog.clone(), Arc::clone(&queue), republish_after);
     loops.spawn(repeat(republisher, interval, never(), shutdown.clone()));
+    let dead_letters = DeadLetterLoop(catalog.clone(), queue);
+    loops.spawn(repeat(dead_letters, DEAD_LETTER_INTERVAL, never(), shutdown.clone()));
+    if let Some(bucket) = bucket {
+        let collector = CollectorLoop(catalog.clone(), bucket.clone());
+        loops.spawn(repeat(collector, BUCKET_INTERVAL, never(), shutdown.clone()));
+        let inspector = InspectorLoop(catalog.clone(), bucket);
+        loops.spawn(repeat(inspector, BUCKET_INTERVAL, never(), shutdown.clone()));
+    }
     loops.spawn(repeat(StagerLoop(catalog.clone()), STAGER_INTERVAL, never(), shutdown.clone()));
     loops.spawn(repeat(RescuerLoop(catalog), RESCUER_INTERVAL, never(), shutdown));
     loops.close();

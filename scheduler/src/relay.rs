@@ -9,6 +9,7 @@ use std::future::Future;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use schema::failpoint;
 use schema::{
     CatalogError, JobId, Model, ModelId, PgCatalog, PriorityBand, PublishableJob, QueueDeclaration, job_queue,
 };
@@ -154,7 +155,9 @@ impl Relay {
                 return Ok(());
             }
             let confirmed = self.publish(queue, &declaration, &jobs).await?;
+            failpoint::reached("relay::after_publish");
             let marked = backlog.mark_published_if_available(&confirmed).await?;
+            failpoint::reached("relay::after_mark");
             debug!(
                 queue.name = declaration.name,
                 confirmed = confirmed.len(),

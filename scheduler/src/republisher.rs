@@ -58,6 +58,25 @@ pub async fn run_once(
     Ok(report)
 }
 
+/// How many published jobs nobody has claimed although their queue is empty or gone: what [`run_once`] would look at,
+/// however long ago they were published.
+///
+/// # Errors
+/// If the catalog or the broker cannot be asked.
+pub async fn suspected(backlog: &impl Backlog, queue: &impl Queue) -> Result<u64> {
+    let mut suspected = 0;
+    for model in backlog.models().await? {
+        for &band in PriorityBand::ALL {
+            let unclaimed = backlog.published_unclaimed_count(model.model_id, band).await?;
+            let name = job_queue(&model.name, band).name;
+            if unclaimed > 0 && matches!(queue.ready_count(&name).await?, None | Some(0)) {
+                suspected += unclaimed;
+            }
+        }
+    }
+    Ok(suspected)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -73,8 +92,10 @@ mod tests {
         queue.set_ready(Some(1));
         run_once(&backlog, &queue, LONG).await.unwrap();
         assert!(backlog.republished_after().is_empty());
+        assert_eq!(suspected(&backlog, &queue).await.unwrap(), 0);
 
         queue.set_ready(Some(0));
+        assert_eq!(suspected(&backlog, &queue).await.unwrap(), 4);
         let report = run_once(&backlog, &queue, LONG).await.unwrap();
         assert_eq!(report, RepublisherReport { unpublished: 4 });
         assert_eq!(backlog.republished_after(), [LONG]);

@@ -65,6 +65,9 @@ fn worker_table(workers: &[WorkerSummary]) -> String {
     let rows = workers.iter().map(|worker| {
         let state = match (&worker.stopped_at, &worker.stop_reason) {
             (None, _) => format!("running {}", counted(unsigned(worker.running_count), "job")),
+            (Some(_), reason) if worker.is_unfit => {
+                format!("unfit: {}", reason.as_deref().unwrap_or("no reason given"))
+            }
             (Some(_), reason) => format!("stopped: {}", reason.as_deref().unwrap_or("no reason given")),
         };
         [

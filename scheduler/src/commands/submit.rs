@@ -3,6 +3,7 @@ use std::io::Read;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
+use schema::failpoint;
 use schema::{Model, ModelName, NewBatch, NewJob, PgCatalog, SpecDefaults, SubmitError, SubmittedBatch};
 use serde_json::json;
 
@@ -52,6 +53,7 @@ pub(super) async fn run(arguments: SubmitArgs, settings: &Settings, terminal: Te
         return dry_run(&catalog, &model, &new, &jobs, terminal).await;
     }
     let submitted = catalog.submit_batch(&new, &jobs).await.map_err(explain)?;
+    failpoint::reached("submit::after_commit");
     show(&new, &submitted, terminal)
 }
 

@@ -13,13 +13,14 @@ use tokio_util::sync::CancellationToken;
 use super::serve::{CONNECTIONS, stop_signal};
 use crate::amqp::AmqpQueue;
 use crate::cli::UpArgs;
-use crate::config::Settings;
+use crate::config::{S3Settings, Settings};
 use crate::local_stack::data_dir::{self, DataDir};
 use crate::local_stack::server_process::ProcessIdentity;
 use crate::local_stack::server_user::ServerUser;
 use crate::local_stack::workers::{self, WorkerPlan, Workers};
 use crate::local_stack::{LocalStack, ServerReady};
-use crate::maintenance;
+use crate::maintenance::{self, Bucket};
+use crate::object_store::S3ObjectStore;
 use crate::terminal::Terminal;
 
 /// What runs in this process beside the servers.
@@ -96,9 +97,12 @@ impl Fleet {
         let queue = Arc::new(AmqpQueue::start(&endpoints.amqp_url)?);
         queue.connected().await;
         let loops_shutdown = CancellationToken::new();
+        let s3 = S3Settings::of_local_stack(endpoints);
+        let bucket = Bucket { store: S3ObjectStore::new(&s3).await, name: s3.bucket };
         let loops = tokio::spawn(maintenance::run(
             catalog.clone(),
             Arc::clone(&queue),
+            Some(bucket),
             arguments.serve.settings(),
             loops_shutdown.clone(),
         ));

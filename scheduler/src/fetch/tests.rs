@@ -1,27 +1,12 @@
 //! Fetching from a store in memory.
-use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::Ordering;
 
 use schema::{
     BatchId, ImageId, ImageRecord, JobId, JobSpec, NoiseScheduler, ObjectKey, SafetyVerdict, SpecDefaults,
 };
 
 use super::*;
-use crate::object_store::StoreError;
-
-#[derive(Default)]
-struct FakeStore {
-    objects: BTreeMap<String, Vec<u8>>,
-    reads: AtomicUsize,
-}
-
-impl ObjectStore for FakeStore {
-    async fn get(&self, bucket: &str, key: &str) -> Result<Vec<u8>, StoreError> {
-        self.reads.fetch_add(1, Ordering::Relaxed);
-        let missing = || StoreError::NotFound { bucket: bucket.to_owned(), key: key.to_owned() };
-        self.objects.get(key).cloned().ok_or_else(missing)
-    }
-}
+use crate::object_store::fakes::FakeStore;
 
 /// A completed job whose picture has these bytes, or was flagged.
 fn completed(batch_id: BatchId, ordinal: u32, bytes: Option<&[u8]>) -> BatchResult {

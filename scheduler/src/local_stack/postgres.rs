@@ -21,7 +21,7 @@ const INSTALLATIONS: &str = "/usr/lib/postgresql";
 const READY_LIMIT: Duration = Duration::from_secs(120);
 
 /// Room for several workers and many tests, each with a small pool.
-const MAX_CONNECTIONS: u32 = 200;
+const MAX_CONNECTIONS: u32 = 400;
 
 /// The programs and the data folder of the local PostgreSQL.
 #[derive(Debug)]

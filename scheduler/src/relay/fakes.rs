@@ -28,6 +28,7 @@ impl FakeBacklog {
             batch_id,
             microbatch_key: "512x512/50/pndm/cfg".parse().unwrap(),
             traceparent: (ordinal == 0).then(|| "00-trace".to_owned()),
+            microbatch_limit: None,
         });
         let model = Model {
             model_id: ModelId::generate(),
