@@ -2,6 +2,16 @@
 #![allow(clippy::unwrap_used, reason = "clippy.toml allows it in test functions; this is for their helpers")]
 
 mod broken;
+mod faults_clock;
+mod faults_freeze;
+mod faults_kill;
+mod faults_links;
+mod faults_postgres;
+mod faults_queue;
+mod faults_s3;
+mod judged;
 mod main_job;
+mod operations;
+mod poison;
 mod rules;
 mod tidy;

@@ -82,15 +82,24 @@ fn the_reader_of_imports_sees_what_it_should() {
 }
 
 #[test]
-fn each_outside_protocol_is_spoken_by_one_file_in_a_binary() {
-    assert_eq!(importers(&CRATES, "lapin"), ["scheduler/src/amqp.rs", "worker/src/amqp.rs"]);
-    for sdk in ["aws_sdk_s3", "aws_config"] {
-        assert_eq!(
-            importers(&CRATES, sdk),
-            ["scheduler/src/object_store.rs", "worker/src/object_store.rs"],
-            "{sdk}"
-        );
-    }
+fn each_outside_protocol_is_spoken_by_one_room_in_a_binary() {
+    // A room is `name.rs` and what lies in `name/`.
+    let rooms = |crate_name: &str, room: &str| {
+        let importers = importers(&CRATES, crate_name);
+        let strangers: Vec<_> = importers
+            .iter()
+            .filter(|name| {
+                !name.ends_with(&format!("/src/{room}.rs")) && !name.contains(&format!("/src/{room}/"))
+            })
+            .collect();
+        assert!(strangers.is_empty(), "{crate_name} belongs to {room}, but these import it: {strangers:?}");
+        for binary in ["scheduler", "worker"] {
+            assert!(importers.contains(&format!("{binary}/src/{room}.rs")), "{binary} and {crate_name}");
+        }
+    };
+    rooms("lapin", "amqp");
+    rooms("aws_sdk_s3", "object_store");
+    rooms("aws_config", "object_store");
     let strangers: Vec<_> =
         importers(&CRATES, "sqlx").into_iter().filter(|name| !name.starts_with("schema/")).collect();
     assert!(strangers.is_empty(), "SQL lives in schema, but these import sqlx: {strangers:?}");
@@ -99,6 +108,16 @@ fn each_outside_protocol_is_spoken_by_one_file_in_a_binary() {
         .filter(|name| !name.starts_with("scheduler/src/local_stack"))
         .collect();
     assert!(strangers.is_empty(), "the S3 server belongs to the local stack: {strangers:?}");
+}
+
+#[test]
+fn what_stands_in_two_places_is_equal_word_for_word() {
+    let read = |name: &str| fs::read_to_string(root().join(name)).unwrap();
+    // They may share no crate that knows lapin.
+    assert!(
+        read("scheduler/src/amqp/greeting.rs") == read("worker/src/amqp/greeting.rs"),
+        "change both, or neither: scheduler/src/amqp/greeting.rs and worker/src/amqp/greeting.rs"
+    );
 }
 
 #[test]

@@ -113,6 +113,16 @@ impl Fleet {
         &self.pool
     }
 
+    /// How to connect to its database.
+    pub fn database_url(&self) -> &str {
+        &self.database_url
+    }
+
+    /// Where its scratch files and the logs of its processes lie.
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
     /// A scratch file of this test.
     pub fn write(&self, name: &str, text: &str) -> PathBuf {
         let path = self.folder.path().join(name);
@@ -168,10 +178,7 @@ impl Fleet {
 
     /// Starts a worker that draws plain colours, `milliseconds` a picture.
     pub fn solid_color_worker(&self, milliseconds: u32, options: &[&str]) -> Process {
-        let mut command = self.command("darkroom-worker");
-        command.args(["run", "--model", &self.model, "--pipeline", "solid-color"]);
-        command.args(["--solid-color-ms", &milliseconds.to_string()]).args(options);
-        self.spawn("darkroom-worker run", command)
+        self.solid_color_worker_with(&[], milliseconds, options)
     }
 
     /// Starts a worker with the real pipeline on the CPU.
@@ -181,7 +188,30 @@ impl Fleet {
         self.spawn("darkroom-worker run", command)
     }
 
-    fn spawn(&self, name: &str, command: Command) -> Process {
+    /// Starts `darkroom serve OPTIONS` with settings of its own in its environment.
+    pub fn serve_with(&self, env: &[(&str, String)], options: &[&str]) -> Process {
+        let mut command = self.command("darkroom");
+        command.arg("serve").args(options).envs(env.iter().map(|(name, value)| (name, value)));
+        self.spawn("darkroom serve", command)
+    }
+
+    /// Starts a worker as [`solid_color_worker`](Self::solid_color_worker) does, with settings of its own in its
+    /// environment.
+    pub fn solid_color_worker_with(
+        &self,
+        env: &[(&str, String)],
+        milliseconds: u32,
+        options: &[&str],
+    ) -> Process {
+        let mut command = self.command("darkroom-worker");
+        command.args(["run", "--model", &self.model, "--pipeline", "solid-color"]);
+        command.args(["--solid-color-ms", &milliseconds.to_string()]).args(options);
+        command.envs(env.iter().map(|(name, value)| (name, value)));
+        self.spawn("darkroom-worker run", command)
+    }
+
+    /// Starts a command, its outputs kept in a log of its own.
+    pub fn spawn(&self, name: &str, command: Command) -> Process {
         let number = self.started.fetch_add(1, Ordering::Relaxed);
         Process::spawn(
             &format!("{name} ({number})"),
@@ -261,6 +291,21 @@ impl Fleet {
         let object = self.s3().await.get_object().bucket(bucket).key(key).send().await;
         let body: ByteStream = object.unwrap_or_else(|error| panic!("{key}: {error:?}")).body;
         body.collect().await.expect("the object can be read").to_vec()
+    }
+
+    /// Puts an object where no worker has put one, or in place of a worker's.
+    pub async fn put_object(&self, key: &str, bytes: &[u8]) {
+        let bucket = &self.servers.addresses().s3_bucket;
+        let body = ByteStream::from(bytes.to_vec());
+        let put = self.s3().await.put_object().bucket(bucket).key(key).body(body).send().await;
+        put.unwrap_or_else(|error| panic!("{key}: {error:?}"));
+    }
+
+    /// Removes an object behind everybody's back.
+    pub async fn delete_object(&self, key: &str) {
+        let bucket = &self.servers.addresses().s3_bucket;
+        let deleted = self.s3().await.delete_object().bucket(bucket).key(key).send().await;
+        deleted.unwrap_or_else(|error| panic!("{key}: {error:?}"));
     }
 
     /// The keys below `prefix`.

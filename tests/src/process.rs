@@ -1,7 +1,8 @@
 //! One of the shipped binaries as a child process, its log kept for the failure message.
 
 use std::fs::File;
-use std::path::{Path, PathBuf};
+use std::os::unix::process::ExitStatusExt;
+use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::Duration;
 
@@ -16,10 +17,11 @@ use crate::waiting::eventually;
 /// When it was not built: `cargo test -p fleet-tests` alone builds no binaries, `cargo build --workspace` does.
 pub fn binary(name: &str) -> PathBuf {
     let test = std::env::current_exe().expect("a test has an executable");
-    let folder = test.parent().and_then(Path::parent).expect("target/<profile>/deps/it");
-    let path = folder.join(name);
-    assert!(path.exists(), "{} is missing: run `cargo build --workspace` first", path.display());
-    path
+    // A test lies in target/<profile>/deps, a binary beside what it starts.
+    let folders = test.ancestors().skip(1).take(2);
+    let found = folders.map(|folder| folder.join(name)).find(|path| path.exists());
+    found
+        .unwrap_or_else(|| panic!("{name} is missing near {}: run `cargo build --workspace`", test.display()))
 }
 
 /// A running child process. Dropping it kills it.
@@ -47,10 +49,57 @@ impl Process {
         std::fs::read_to_string(&self.log).unwrap_or_default()
     }
 
+    /// Its number.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     /// Sends `signal`.
     pub fn signal(&self, signal: Signal) {
         kill(Pid::from_raw(self.child.id() as i32), signal)
             .unwrap_or_else(|error| panic!("{}: {error}", self.name));
+    }
+
+    /// Whether it has not ended.
+    pub fn runs(&mut self) -> bool {
+        self.child.try_wait().expect("an own child can be waited for").is_none()
+    }
+
+    /// Waits until a kill point ends it.
+    ///
+    /// # Panics
+    /// If it ends otherwise, or runs on after `deadline`: perhaps the binaries were built without their kill points.
+    pub async fn aborted(&mut self, deadline: Duration) {
+        let status = self.exit(deadline).await;
+        assert_eq!(
+            status.signal(),
+            Some(Signal::SIGABRT as i32),
+            "{} ended with {status}; kill points need --features worker/failpoints,scheduler/failpoints\n{}",
+            self.name,
+            self.log()
+        );
+    }
+
+    /// Stops it in its tracks (SIGSTOP), and returns once it stands still.
+    pub async fn freeze(&self) {
+        self.signal(Signal::SIGSTOP);
+        let stat = format!("/proc/{}/stat", self.child.id());
+        let state = || async {
+            let stat = std::fs::read_to_string(&stat).unwrap_or_default();
+            stat.rsplit(") ").next().and_then(|rest| rest.chars().next())
+        };
+        eventually("a frozen process", Duration::from_secs(30), state, |state| *state == Some('T')).await;
+    }
+
+    /// Lets it go on as if nothing had happened.
+    pub fn thaw(&self) {
+        self.signal(Signal::SIGCONT);
+    }
+
+    /// Waits until its log holds `text`.
+    pub async fn says(&self, text: &str, deadline: Duration) {
+        let what = format!("{} to say {text:?}", self.name);
+        eventually(&what, deadline, || async { self.log().contains(text) }, |said| *said).await;
     }
 
     /// `kill -9`, and waits until the process is gone.

@@ -9,6 +9,7 @@ use std::time::Duration;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde::Deserialize;
+use sqlx::{Connection, PgConnection};
 
 use crate::process::binary;
 use crate::waiting::eventually;
@@ -106,7 +107,6 @@ impl Servers {
     pub async fn restart_broker(&self, deadline: Duration) {
         let pid = self.broker_pid().expect("the broker runs");
         kill(pid, Signal::SIGKILL).expect("the broker can be killed");
-        let uri = self.addresses.amqp_url.clone();
         eventually(
             "another broker process",
             deadline,
@@ -114,6 +114,12 @@ impl Servers {
             |now| now.is_some_and(|now| now != pid),
         )
         .await;
+        self.broker_answers(deadline).await;
+    }
+
+    /// Waits until the broker takes a connection.
+    pub async fn broker_answers(&self, deadline: Duration) {
+        let uri = self.addresses.amqp_url.clone();
         eventually(
             "the broker to answer again",
             deadline,
@@ -125,6 +131,52 @@ impl Servers {
             |answers| *answers,
         )
         .await;
+    }
+
+    /// Ends Postgres without a checkpoint or a goodbye ("immediate" shutdown), as a crash would; the local stack starts it
+    /// again, and it recovers from its log. Returns when it answers again.
+    pub async fn restart_postgres(&self, deadline: Duration) {
+        let pid = self.postgres_pid().expect("Postgres runs");
+        kill(pid, Signal::SIGQUIT).expect("Postgres can be killed");
+        let url = &self.addresses.database_url;
+        eventually(
+            "another Postgres that answers",
+            deadline,
+            || async {
+                let another = self.postgres_pid().is_some_and(|now| now != pid);
+                another
+                    && matches!(tokio::time::timeout(HANDSHAKE, PgConnection::connect(url)).await, Ok(Ok(_)))
+            },
+            |answers| *answers,
+        )
+        .await;
+    }
+
+    /// The server process of Postgres, by its own pid file; `None` while there is none alive.
+    fn postgres_pid(&self) -> Option<Pid> {
+        let file = self.data_dir.join("postgres").join("data").join("postmaster.pid");
+        let text = std::fs::read_to_string(file).ok()?;
+        let pid = Pid::from_raw(text.lines().next()?.trim().parse().ok()?);
+        kill(pid, None).ok().map(|()| pid)
+    }
+
+    /// Runs `rabbitmqctl ARGUMENTS` on the broker.
+    pub fn rabbitmqctl(&self, arguments: &[&str]) {
+        let ports = std::fs::read_to_string(self.data_dir.join("ports.json")).expect("the stack's ports");
+        let ports: serde_json::Value = serde_json::from_str(&ports).expect("JSON");
+        let output = Command::new("/usr/lib/rabbitmq/bin/rabbitmqctl")
+            .args(["--node", "darkroom@localhost"])
+            .args(arguments)
+            .env("HOME", self.data_dir.join("rabbitmq").join("home"))
+            .env("ERL_EPMD_PORT", ports["epmd"].to_string())
+            .output()
+            .expect("rabbitmqctl can be run");
+        assert!(
+            output.status.success(),
+            "rabbitmqctl {arguments:?}: {}{}",
+            String::from_utf8_lossy(&output.stdout),
+            String::from_utf8_lossy(&output.stderr)
+        );
     }
 
     /// The broker's process, by the pid file that RabbitMQ itself writes; `None` while there is none alive.
