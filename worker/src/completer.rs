@@ -6,7 +6,6 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use futures::future::join_all;
 use futures::stream::{self, StreamExt};
 use schema::{
     CatalogError, CompletedJob, FailDisposition, Lease, LeaseReturn, ModelName, ObjectKey, SafetyVerdict,
@@ -21,7 +20,7 @@ use crate::catalog::Catalog;
 use crate::failure::JobError;
 use crate::fitness::Fitness;
 use crate::lease::Leases;
-use crate::metrics::Metrics;
+use crate::metrics::{Counter, Metrics};
 use crate::microbatch::{Finished, FinishedPicture, Outcome, Picture};
 use crate::object_store::{ObjectStore, StoreError, Stored};
 use crate::pipeline::{GeneratedImage, PipelineIdentity, StageTimes};
@@ -318,26 +317,13 @@ impl<Q: Queue, S: ObjectStore, C: Catalog> Completer<Q, S, C> {
     /// Gives jobs back unharmed: first the leases, then the messages. The other way around the message could be taken by
     /// a worker that finds the job still running, and be spent.
     async fn release(&self, pictures: Vec<Picture>) {
-        if pictures.is_empty() {
-            return;
-        }
         let (requeued, settled): (Vec<_>, Vec<_>) =
             pictures.into_iter().partition(|picture| self.acknowledger.holds(&picture.tag));
-        let patience = Patience { limit: RELEASE_PATIENCE, give_up: CancellationToken::new() };
-        let groups = [(&requeued, LeaseReturn::MessageRequeued), (&settled, LeaseReturn::MessageSettled)];
-        join_all(groups.into_iter().filter(|(group, _)| !group.is_empty()).map(async |(group, messages)| {
-            let leases: Vec<Lease> = group.iter().map(|picture| picture.job.lease).collect();
-            let released = patience
-                .insist("give jobs back", CatalogError::is_transient, || {
-                    self.catalog.release_if_leased(&leases, messages)
-                })
-                .await;
-            match released {
-                Ok(released) => self.metrics.released.add(released.len()),
-                Err(error) => warn!(error = %Chain(&error), "{} jobs could not be given back; their leases will lapse", group.len()),
-            }
-        }))
-        .await;
+        let released = &self.metrics.released;
+        tokio::join!(
+            self.give_back(&requeued, LeaseReturn::MessageRequeued, released),
+            self.give_back(&settled, LeaseReturn::MessageSettled, released),
+        );
         for picture in requeued.into_iter().chain(settled) {
             self.acknowledger.nack(picture.tag, Requeue::Yes).await;
         }
@@ -346,25 +332,30 @@ impl<Q: Queue, S: ObjectStore, C: Catalog> Completer<Q, S, C> {
     /// Gives jobs back that were in the call that broke the engine. Their messages are spent: the relay sends others, which
     /// say in how small a company they may run.
     async fn suspect(&self, pictures: Vec<Picture>) {
+        self.give_back(&pictures, LeaseReturn::Suspected, &self.metrics.suspected).await;
+        for picture in pictures {
+            self.acknowledger.ack(picture.tag).await;
+        }
+    }
+
+    /// Returns the leases of these jobs and counts how many were still held.
+    async fn give_back(&self, pictures: &[Picture], messages: LeaseReturn, returned: &Counter) {
         if pictures.is_empty() {
             return;
         }
         let leases: Vec<Lease> = pictures.iter().map(|picture| picture.job.lease).collect();
         let patience = Patience { limit: RELEASE_PATIENCE, give_up: CancellationToken::new() };
         let released = patience
-            .insist("give suspects back", CatalogError::is_transient, || {
-                self.catalog.release_if_leased(&leases, LeaseReturn::Suspected)
+            .insist("give jobs back", CatalogError::is_transient, || {
+                self.catalog.release_if_leased(&leases, messages)
             })
             .await;
         match released {
-            Ok(released) => self.metrics.suspected.add(released.len()),
-            // Lapsing leases have the same end.
+            Ok(released) => returned.add(released.len()),
+            // Lapsing has the same end, later.
             Err(error) => {
-                warn!(error = %Chain(&error), "{} suspects could not be given back; their leases will lapse", leases.len())
+                warn!(error = %Chain(&error), "{} jobs could not be given back; their leases will lapse", leases.len())
             }
-        }
-        for picture in pictures {
-            self.acknowledger.ack(picture.tag).await;
         }
     }
 
