@@ -65,10 +65,10 @@ fn worker_table(workers: &[WorkerSummary]) -> String {
     let rows = workers.iter().map(|worker| {
         let state = match (&worker.stopped_at, &worker.stop_reason) {
             (None, _) => format!("running {}", counted(unsigned(worker.running_count), "job")),
-            (Some(_), reason) if worker.is_unfit => {
-                format!("unfit: {}", reason.as_deref().unwrap_or("no reason given"))
+            (Some(_), reason) => {
+                let how = if worker.is_unfit { "unfit" } else { "stopped" };
+                format!("{how}: {}", reason.as_deref().unwrap_or("no reason given"))
             }
-            (Some(_), reason) => format!("stopped: {}", reason.as_deref().unwrap_or("no reason given")),
         };
         [
             worker.name.clone(),
