@@ -16,6 +16,15 @@ fn debug() -> (&'static str, String) {
     ("DARKROOM_LOG", "worker=debug".to_owned())
 }
 
+/// Mends the link to S3; then the batch of two completes, and no attempt was lost, failed or spent twice.
+async fn assert_two_jobs_complete_unscathed_once_healed(fleet: &Fleet, link: &Link, batch: &str) {
+    link.heal();
+    fleet.await_all_final(SOON).await;
+    fleet.assert_nothing_lost_nothing_twice(batch, 2, 0).await;
+    assert_eq!(fleet.count("SELECT count(*) FROM attempts WHERE outcome <> 'ok'").await, 0);
+    assert_eq!(fleet.count("SELECT count(*) FROM jobs WHERE attempt <> 1").await, 0);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_worker_cut_off_from_postgres_loses_its_jobs_and_its_late_words_count_for_nothing() {
     let fleet = Fleet::new(Servers::shared()).await;
@@ -81,11 +90,7 @@ async fn a_worker_cut_off_from_s3_keeps_its_jobs_and_their_attempts() {
     fleet.await_count("leases to be kept", kept, held, SOON).await;
     assert_eq!(fleet.count(LOST).await, 0);
     assert_eq!(fleet.count("SELECT count(*) FROM images").await, 0, "no row without its object");
-    link.heal();
-    fleet.await_all_final(SOON).await;
-    fleet.assert_nothing_lost_nothing_twice(&batch, 2, 0).await;
-    assert_eq!(fleet.count("SELECT count(*) FROM attempts WHERE outcome <> 'ok'").await, 0);
-    assert_eq!(fleet.count("SELECT count(*) FROM jobs WHERE attempt <> 1").await, 0);
+    assert_two_jobs_complete_unscathed_once_healed(&fleet, &link, &batch).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -97,11 +102,7 @@ async fn a_worker_whose_store_refuses_connections_waits_and_burns_no_attempts() 
     link.down();
     let worker = fleet.solid_color_worker_with(&[link.env()], 20, &WORKER);
     worker.says("Cannot store a picture now", SOON).await;
-    link.heal();
-    fleet.await_all_final(SOON).await;
-    fleet.assert_nothing_lost_nothing_twice(&batch, 2, 0).await;
-    assert_eq!(fleet.count("SELECT count(*) FROM attempts WHERE outcome <> 'ok'").await, 0);
-    assert_eq!(fleet.count("SELECT count(*) FROM jobs WHERE attempt <> 1").await, 0);
+    assert_two_jobs_complete_unscathed_once_healed(&fleet, &link, &batch).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
