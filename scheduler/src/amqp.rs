@@ -15,8 +15,9 @@ pub use dead_letters::TakenDeadLetters;
 use futures::StreamExt;
 use lapin::options::{
     BasicPublishOptions, ConfirmSelectOptions, ExchangeDeclareOptions, QueueBindOptions, QueueDeclareOptions,
+    QueueDeleteOptions,
 };
-use lapin::protocol::{AMQPErrorKind, AMQPSoftError};
+use lapin::protocol::{AMQPErrorKind, AMQPHardError, AMQPSoftError};
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::uri::AMQPUri;
 use lapin::{
@@ -42,7 +43,7 @@ const CONNECT_LIMIT: Duration = Duration::from_secs(15);
 /// One question and its answer.
 const ANSWER_LIMIT: Duration = Duration::from_secs(15);
 /// All confirms of one `publish` call. A confirm takes milliseconds, or seconds while a quorum elects a leader.
-const CONFIRM_LIMIT: Duration = Duration::from_secs(30);
+const CONFIRM_LIMIT: Duration = Duration::from_secs(20);
 /// Both sides give a silent connection up after twice this many seconds; the broker's default of 60 is slow to notice a
 /// machine that is gone. A `heartbeat` in the URL wins.
 const HEARTBEAT_SECONDS: u16 = 10;
@@ -143,6 +144,8 @@ impl Queue for AmqpQueue {
         let deadline = Instant::now() + CONFIRM_LIMIT;
         // All are sent before the first confirm is awaited: one at a time would be a hundred times slower.
         let mut confirms = Vec::with_capacity(messages.len());
+        // What becomes of messages that were not sent.
+        let mut unsent = PublishOutcome::Unknown;
         for message in messages {
             let sent = link.publisher.basic_publish(
                 "".into(),
@@ -157,8 +160,10 @@ impl Queue for AmqpQueue {
                     warn!(queue.name = name, error = format!("{error:#}"), "Cannot send a message");
                     break;
                 }
-                // Written below as unknown, with the reason.
-                Err(_) => break,
+                Err(_) => {
+                    unsent = PublishOutcome::Silent;
+                    break;
+                }
             }
         }
         let mut outcomes = Vec::with_capacity(messages.len());
@@ -168,11 +173,14 @@ impl Queue for AmqpQueue {
                 // Acknowledged and sent back: the broker took it, found no queue for it, and dropped it.
                 Ok(Ok(Confirmation::Ack(Some(_)))) => PublishOutcome::Returned,
                 Ok(Ok(Confirmation::Nack(_))) => PublishOutcome::Refused,
-                Ok(Ok(Confirmation::NotRequested)) | Ok(Err(_)) | Err(_) => PublishOutcome::Unknown,
+                Ok(Ok(Confirmation::NotRequested)) | Ok(Err(_)) => PublishOutcome::Unknown,
+                Err(_) => PublishOutcome::Silent,
             });
         }
-        outcomes.resize(messages.len(), PublishOutcome::Unknown);
-        let unknown = outcomes.iter().filter(|&&outcome| outcome == PublishOutcome::Unknown).count();
+        outcomes.resize(messages.len(), unsent);
+        let is_known =
+            |outcome: &PublishOutcome| !matches!(outcome, PublishOutcome::Unknown | PublishOutcome::Silent);
+        let unknown = outcomes.iter().filter(|outcome| !is_known(outcome)).count();
         if unknown > 0 {
             let blocked = link.connection.status().blocked();
             warn!(
@@ -182,6 +190,8 @@ impl Queue for AmqpQueue {
             // A blocked broker will answer when it has room; any other silence is a connection to replace.
             if !blocked {
                 link.broken.notify_one();
+            } else if unknown == messages.len() {
+                return Err(QueueError::Blocked);
             }
         }
         Ok(outcomes)
@@ -203,6 +213,17 @@ impl Queue for AmqpQueue {
             }
         });
         link.report_if_broken(counted.await)
+    }
+
+    async fn delete(&self, name: &str) -> Result<(), QueueError> {
+        let link = self.link()?;
+        let deleted = answer("delete a queue", async {
+            let channel = link.connection.create_channel().await?;
+            // Of a queue that is not there, RabbitMQ says that it was deleted.
+            channel.queue_delete(name.into(), QueueDeleteOptions::default()).await?;
+            channel.close(200, "OK".into()).await
+        });
+        link.report_if_broken(deleted.await)
     }
 }
 
@@ -373,6 +394,11 @@ fn is_not_found(error: &lapin::Error) -> bool {
     *error.kind() == AMQPErrorKind::Soft(AMQPSoftError::NOTFOUND)
 }
 
+fn is_internal_error(error: &lapin::Error) -> bool {
+    let ErrorKind::ProtocolError(error) = error.kind() else { return false };
+    *error.kind() == AMQPErrorKind::Hard(AMQPHardError::INTERNALERROR)
+}
+
 async fn answer<T>(
     what: &'static str,
     question: impl Future<Output = lapin::Result<T>>,
@@ -387,6 +413,7 @@ async fn within<T>(
 ) -> Result<T, QueueError> {
     match time::timeout(limit, question).await {
         Ok(Ok(answer)) => Ok(answer),
+        Ok(Err(error)) if is_internal_error(&error) => Err(QueueError::Crashed { what }),
         Ok(Err(error)) => Err(QueueError::Failed { what, reason: error.to_string() }),
         Err(_) => Err(QueueError::TimedOut { what, seconds: limit.as_secs() }),
     }

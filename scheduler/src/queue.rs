@@ -21,8 +21,10 @@ pub enum PublishOutcome {
     Returned,
     /// The queue is full or the broker could not store it.
     Refused,
-    /// The connection broke, or the broker said nothing in time. It may or may not hold the message.
+    /// The connection broke before the broker's word came. It may or may not hold the message.
     Unknown,
+    /// The connection stands and the broker said nothing in time. It may or may not hold the message.
+    Silent,
 }
 
 /// Why the broker could not be asked.
@@ -42,6 +44,12 @@ pub enum QueueError {
         /// How long we waited.
         seconds: u64,
     },
+    /// The broker's own code failed over the question, and it closed the connection (AMQP's `INTERNAL_ERROR`).
+    #[error("the broker has an internal error ({what})")]
+    Crashed {
+        /// What it was asked.
+        what: &'static str,
+    },
     /// The broker or the connection failed.
     #[error("the broker failed ({what}): {reason}")]
     Failed {
@@ -56,6 +64,11 @@ impl QueueError {
     /// Whether the supervisor already reported this state, so that reporting it again would only be noise.
     pub fn is_known_outage(&self) -> bool {
         matches!(self, Self::NotConnected | Self::Blocked)
+    }
+
+    /// Whether the queue that was asked about may be broken, while the broker is not.
+    pub fn may_be_the_queue(&self) -> bool {
+        matches!(self, Self::TimedOut { .. } | Self::Crashed { .. })
     }
 }
 
@@ -75,4 +88,7 @@ pub trait Queue: Send + Sync {
     /// How many messages wait in the queue `name`, not counting those that a consumer holds; `None` if there is no
     /// such queue.
     fn ready_count(&self, name: &str) -> impl Future<Output = Result<Option<u32>, QueueError>> + Send;
+
+    /// Removes the queue `name` with all that is in it, if it is there.
+    fn delete(&self, name: &str) -> impl Future<Output = Result<(), QueueError>> + Send;
 }

@@ -4,9 +4,13 @@
 //! second time, and the worker that finds a job claimed or final drops the message. Two relays take turns
 //! ([`PgCatalog::try_relay_turn`]), and where that fails they do the same to each other. Fairness among batches is in the query; the watermark is what makes cancelling, priorities and
 //! fairness quick to take effect, because what the broker holds is out of our hands.
-use std::collections::HashSet;
+//!
+//! A queue can break alone, and for good: its process is gone or finds no leader, while the broker around it answers
+//! (RabbitMQ 3.10 does this when queues are deleted and declared in a hurry, and its node is then killed). Nobody can
+//! publish to such a queue or consume from it. Since messages are only hints, the relay makes it anew.
+use std::collections::{HashMap, HashSet};
 use std::future::Future;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use schema::failpoint;
@@ -16,11 +20,16 @@ use schema::{
 use serde::Serialize;
 use tracing::{debug, info, warn};
 
-use crate::queue::{OutgoingMessage, PublishOutcome, Queue};
+use crate::queue::{OutgoingMessage, PublishOutcome, Queue, QueueError};
 
 /// Messages in one `publish` call: enough to keep the broker busy while confirms travel, and few enough that all
 /// confirms arrive long before their time limit.
 const CHUNK: u32 = 1_000;
+
+/// So often in a row, each time on a fresh connection, may a queue be silent or refuse everything while it is empty...
+const SILENCES: u32 = 2;
+/// ...and for so long, before it counts as broken. A quorum that elects a leader takes seconds.
+const SILENCE_LIMIT: Duration = Duration::from_secs(30);
 
 /// What the relay and the republisher need of the catalog.
 pub trait Backlog: Send + Sync {
@@ -104,32 +113,51 @@ pub struct Relay {
     watermark: u32,
     /// Queues that are known to exist. Forgotten when a message comes back.
     declared: HashSet<String>,
+    /// The queues that do not take messages although the broker answers.
+    silences: HashMap<String, Silence>,
+    silence_limit: Duration,
+}
+
+/// Since when a queue takes nothing, and how often it was tried.
+#[derive(Clone, Copy, Debug)]
+struct Silence {
+    since: Instant,
+    count: u32,
+}
+
+impl Silence {
+    fn is_longer_than(&self, limit: Duration) -> bool {
+        self.count >= SILENCES && self.since.elapsed() >= limit
+    }
 }
 
 impl Relay {
     /// A relay that keeps at most `watermark` unclaimed messages per model and band.
     pub fn new(watermark: u32) -> Self {
-        Self { watermark, declared: HashSet::new() }
+        Self { watermark, declared: HashSet::new(), silences: HashMap::new(), silence_limit: SILENCE_LIMIT }
     }
 
-    /// Fills every queue up to the watermark, once.
+    /// Fills every queue up to the watermark, once. One that fails does not keep the others waiting.
     ///
     /// # Errors
-    /// If the catalog or the broker cannot be asked. What was published until then stays published.
+    /// If the catalog or the broker cannot be asked: the first reason. What was published stays published.
     pub async fn run_once(&mut self, backlog: &impl Backlog, queue: &impl Queue) -> Result<RelayReport> {
         let mut report = RelayReport::default();
+        let mut failed = None;
         for model in backlog.models().await? {
             for &band in PriorityBand::ALL {
                 let filled = self.fill(backlog, queue, &model, band, &mut report).await;
-                filled.with_context(|| {
-                    format!("cannot fill the queue of model `{}`, band {band}", model.name)
-                })?;
+                let filled = filled
+                    .with_context(|| format!("cannot fill the queue of model `{}`, band {band}", model.name));
+                if let Err(error) = filled {
+                    failed.get_or_insert(error);
+                }
             }
         }
         if report.published > 0 {
             info!(published = report.published, "Published {} jobs", report.published);
         }
-        Ok(report)
+        failed.map_or(Ok(report), Err)
     }
 
     async fn fill(
@@ -141,6 +169,13 @@ impl Relay {
         report: &mut RelayReport,
     ) -> Result<()> {
         let declaration = job_queue(&model.name, band);
+        if self
+            .silences
+            .get(&declaration.name)
+            .is_some_and(|silence| silence.is_longer_than(self.silence_limit))
+        {
+            self.make_anew(backlog, queue, model, band, &declaration.name).await?;
+        }
         // Declared also while it is empty, so that workers and autoscalers find it.
         self.declare(queue, &declaration).await?;
         loop {
@@ -186,6 +221,7 @@ impl Relay {
             .iter()
             .map(|job| OutgoingMessage { body: job.message().encode(), traceparent: job.traceparent.clone() })
             .collect();
+        let asked = Instant::now();
         let outcomes = queue.publish(&declaration.name, &messages).await?;
         let count = |wanted| outcomes.iter().filter(|&&outcome| outcome == wanted).count();
         let (returned, refused) = (count(PublishOutcome::Returned), count(PublishOutcome::Refused));
@@ -197,11 +233,20 @@ impl Relay {
                 returned, "The queue {} is gone; making it again", declaration.name
             );
         }
-        if refused > 0 {
+        // Once a queue, not once a second.
+        if refused > 0 && !self.silences.contains_key(&declaration.name) {
             warn!(
                 queue.name = declaration.name,
                 refused, "The queue {} refused {refused} messages", declaration.name
             );
+        }
+        if count(PublishOutcome::Silent) == jobs.len() {
+            self.note_silence(&declaration.name, asked);
+        } else if refused == jobs.len() && queue.ready_count(&declaration.name).await? == Some(0) {
+            // It is not full: nothing of it is left that could store a message.
+            self.note_silence(&declaration.name, asked);
+        } else if count(PublishOutcome::Confirmed) > 0 {
+            self.silences.remove(&declaration.name);
         }
         let confirmed =
             jobs.iter().zip(&outcomes).filter(|&(_, &outcome)| outcome == PublishOutcome::Confirmed);
@@ -210,9 +255,39 @@ impl Relay {
 
     async fn declare(&mut self, queue: &impl Queue, declaration: &QueueDeclaration) -> Result<()> {
         if !self.declared.contains(&declaration.name) {
-            queue.declare(declaration).await?;
+            let asked = Instant::now();
+            let declared = queue.declare(declaration).await;
+            if declared.as_ref().is_err_and(QueueError::may_be_the_queue) {
+                self.note_silence(&declaration.name, asked);
+            }
+            declared?;
             self.declared.insert(declaration.name.clone());
         }
+        Ok(())
+    }
+
+    fn note_silence(&mut self, name: &str, asked: Instant) {
+        self.silences.entry(name.to_owned()).or_insert(Silence { since: asked, count: 0 }).count += 1;
+    }
+
+    /// Removes a broken queue. What it held is published again, to the queue that the next declaration makes.
+    async fn make_anew(
+        &mut self,
+        backlog: &impl Backlog,
+        queue: &impl Queue,
+        model: &Model,
+        band: PriorityBand,
+        name: &str,
+    ) -> Result<()> {
+        // Each silence has replaced the connection, and this one was built since: the broker itself answers.
+        queue.delete(name).await?;
+        let lost = backlog.republish_if_unclaimed_for(model.model_id, band, Duration::ZERO).await?;
+        warn!(
+            queue.name = name,
+            lost, "The queue {name} did not answer {SILENCES} times in a row; it is made anew"
+        );
+        self.silences.remove(name);
+        self.declared.remove(name);
         Ok(())
     }
 }

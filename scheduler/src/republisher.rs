@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 use anyhow::{Context, Result};
-use schema::{PriorityBand, job_queue};
+use schema::{Model, PriorityBand, job_queue};
 use serde::Serialize;
 use tracing::warn;
 
@@ -31,31 +31,45 @@ pub async fn run_once(
     older_than: Duration,
 ) -> Result<RepublisherReport> {
     let mut report = RepublisherReport::default();
+    let mut failed = None;
     for model in backlog.models().await? {
         for &band in PriorityBand::ALL {
-            // The cheap question first: most queues have nothing on the way.
-            if backlog.published_unclaimed_count(model.model_id, band).await? == 0 {
-                continue;
+            // One queue that fails does not keep the others waiting.
+            match look_at(backlog, queue, &model, band, older_than).await {
+                Ok(lost) => report.unpublished += lost,
+                Err(error) => {
+                    failed.get_or_insert(error);
+                }
             }
-            let name = job_queue(&model.name, band).name;
-            let ready =
-                queue.ready_count(&name).await.with_context(|| format!("cannot count the queue {name}"))?;
-            let older_than = match ready {
-                Some(0) => older_than,
-                None => Duration::ZERO,
-                Some(_) => continue,
-            };
-            let lost = backlog.republish_if_unclaimed_for(model.model_id, band, older_than).await?;
-            if lost > 0 {
-                warn!(
-                    queue.name = name,
-                    lost, "The broker lost {lost} messages of {name}; publishing them again"
-                );
-            }
-            report.unpublished += lost;
         }
     }
-    Ok(report)
+    failed.map_or(Ok(report), Err)
+}
+
+/// Gives up the messages of one queue if they are lost; how many those were.
+async fn look_at(
+    backlog: &impl Backlog,
+    queue: &impl Queue,
+    model: &Model,
+    band: PriorityBand,
+    older_than: Duration,
+) -> Result<u64> {
+    // The cheap question first: most queues have nothing on the way.
+    if backlog.published_unclaimed_count(model.model_id, band).await? == 0 {
+        return Ok(0);
+    }
+    let name = job_queue(&model.name, band).name;
+    let ready = queue.ready_count(&name).await.with_context(|| format!("cannot count the queue {name}"))?;
+    let older_than = match ready {
+        Some(0) => older_than,
+        None => Duration::ZERO,
+        Some(_) => return Ok(0),
+    };
+    let lost = backlog.republish_if_unclaimed_for(model.model_id, band, older_than).await?;
+    if lost > 0 {
+        warn!(queue.name = name, lost, "The broker lost {lost} messages of {name}; publishing them again");
+    }
+    Ok(lost)
 }
 
 /// How many published jobs nobody has claimed although their queue is empty or gone: what [`run_once`] would look at,

@@ -29,6 +29,25 @@ async fn deleted_queues_are_made_and_filled_again() {
     assert_eq!(fleet.count("SELECT count(*) FROM jobs WHERE attempt <> 1").await, 0);
 }
 
+/// What RabbitMQ 3.10 is left with when its dead-letter supervisor gives up in the middle of a declaration: the queue is
+/// there for all who ask, and nobody behind it answers.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_queue_whose_process_is_gone_for_good_is_made_anew() {
+    let fleet = Fleet::new(Arc::new(Servers::start())).await;
+    let _serve = fleet.serve_with(&[], &SERVE);
+    let _worker = fleet.solid_color_worker(20, &WORKER);
+    fleet.submit("before\n", &SMALL);
+    fleet.await_all_final(SOON).await;
+    let queue = fleet.queue(PriorityBand::Normal);
+    fleet.servers().stop_queue_process(&queue);
+    let batch = fleet.submit(&"a prompt\n".repeat(6), &SMALL);
+    // Nothing else is kept waiting.
+    let high = fleet.submit("another queue\n", &[&SMALL[..], &["--priority", "high"]].concat());
+    fleet.await_all_final(SOON).await;
+    fleet.assert_nothing_lost_nothing_twice(&batch, 6, 0).await;
+    fleet.assert_nothing_lost_nothing_twice(&high, 1, 0).await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn purged_messages_are_published_again() {
     let fleet = Fleet::new(Servers::shared()).await;

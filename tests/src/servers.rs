@@ -2,7 +2,7 @@
 
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::time::Duration;
 
@@ -162,21 +162,33 @@ impl Servers {
 
     /// Runs `rabbitmqctl ARGUMENTS` on the broker.
     pub fn rabbitmqctl(&self, arguments: &[&str]) {
+        let output = self.run_rabbitmqctl(arguments);
+        assert!(output.status.success(), "rabbitmqctl {arguments:?}: {}", both(&output));
+    }
+
+    /// Stops the Raft server of a quorum queue of the default virtual host, and leaves everything else of the queue.
+    pub fn stop_queue_process(&self, queue: &str) {
+        self.rabbitmqctl(&[
+            "eval",
+            &format!("ok = ra:stop_server(quorum_queues, {{'%2F_{queue}', node()}})."),
+        ]);
+    }
+
+    /// What `rabbitmqctl ARGUMENTS` prints, whether it succeeds or not.
+    pub fn try_rabbitmqctl(&self, arguments: &[&str]) -> String {
+        both(&self.run_rabbitmqctl(arguments))
+    }
+
+    fn run_rabbitmqctl(&self, arguments: &[&str]) -> Output {
         let ports = std::fs::read_to_string(self.data_dir.join("ports.json")).expect("the stack's ports");
         let ports: serde_json::Value = serde_json::from_str(&ports).expect("JSON");
-        let output = Command::new("/usr/lib/rabbitmq/bin/rabbitmqctl")
+        Command::new("/usr/lib/rabbitmq/bin/rabbitmqctl")
             .args(["--node", "darkroom@localhost"])
             .args(arguments)
             .env("HOME", self.data_dir.join("rabbitmq").join("home"))
             .env("ERL_EPMD_PORT", ports["epmd"].to_string())
             .output()
-            .expect("rabbitmqctl can be run");
-        assert!(
-            output.status.success(),
-            "rabbitmqctl {arguments:?}: {}{}",
-            String::from_utf8_lossy(&output.stdout),
-            String::from_utf8_lossy(&output.stderr)
-        );
+            .expect("rabbitmqctl can be run")
     }
 
     /// The broker's process, by the pid file that RabbitMQ itself writes; `None` while there is none alive.
@@ -194,4 +206,8 @@ impl Drop for Servers {
         let _ = kill(Pid::from_raw(child.id() as i32), Signal::SIGTERM);
         let _ = child.wait();
     }
+}
+
+fn both(output: &Output) -> String {
+    format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
 }

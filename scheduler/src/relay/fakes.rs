@@ -109,6 +109,7 @@ pub struct FakeQueue {
     ready: Mutex<Option<u32>>,
     questions: Mutex<usize>,
     declared: Mutex<Vec<String>>,
+    deleted: Mutex<Vec<String>>,
     calls: Mutex<Vec<(String, Vec<OutgoingMessage>)>>,
 }
 
@@ -131,6 +132,10 @@ impl FakeQueue {
 
     pub fn declared(&self) -> Vec<String> {
         self.declared.lock().unwrap().clone()
+    }
+
+    pub fn deleted(&self) -> Vec<String> {
+        self.deleted.lock().unwrap().clone()
     }
 
     /// The messages of each call that published something, with the queue's name.
@@ -159,5 +164,10 @@ impl Queue for FakeQueue {
     async fn ready_count(&self, _name: &str) -> Result<Option<u32>, QueueError> {
         *self.questions.lock().unwrap() += 1;
         Ok(*self.ready.lock().unwrap())
+    }
+
+    async fn delete(&self, name: &str) -> Result<(), QueueError> {
+        self.deleted.lock().unwrap().push(name.to_owned());
+        Ok(())
     }
 }

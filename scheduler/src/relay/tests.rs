@@ -67,3 +67,65 @@ async fn a_broker_that_takes_nothing_is_not_asked_in_a_busy_loop() {
     assert_eq!(queue.calls().len(), 1);
     assert_eq!(backlog.published(), 0);
 }
+
+fn impatient() -> Relay {
+    Relay { silence_limit: Duration::ZERO, ..Relay::new(10) }
+}
+
+/// Lets a relay find a queue that answers so, as often as it bears it, and sees the queue made anew.
+async fn is_made_anew(answer: PublishOutcome) {
+    let (backlog, queue) = (FakeBacklog::with_jobs(2), FakeQueue::default());
+    queue.set_ready(Some(0));
+    let mut relay = impatient();
+    (0..2).for_each(|place| queue.answer(place, answer));
+    run(&mut relay, &backlog, &queue).await;
+    // One that answers in between is alive.
+    queue.forget_answers();
+    queue.answer(1, answer);
+    run(&mut relay, &backlog, &queue).await;
+    assert_eq!(backlog.published(), 1);
+    queue.answer(0, answer);
+    for _ in 0..SILENCES {
+        run(&mut relay, &backlog, &queue).await;
+        assert!(queue.deleted().is_empty(), "too early");
+    }
+    queue.forget_answers();
+    let declared = queue.declared().len();
+    run(&mut relay, &backlog, &queue).await;
+    assert_eq!(queue.deleted(), ["darkroom.jobs.demo.normal"]);
+    assert_eq!(queue.declared()[declared..], ["darkroom.jobs.demo.normal"]);
+    assert_eq!(
+        backlog.republished_after(),
+        [Duration::ZERO],
+        "what the broken queue held is published again"
+    );
+    assert_eq!(backlog.published(), 2);
+}
+
+#[tokio::test]
+async fn a_queue_that_stays_silent_is_made_anew_and_filled() {
+    is_made_anew(PublishOutcome::Silent).await;
+}
+
+#[tokio::test]
+async fn a_queue_that_refuses_everything_although_it_is_empty_is_made_anew_and_filled() {
+    is_made_anew(PublishOutcome::Refused).await;
+}
+
+#[tokio::test]
+async fn a_full_queue_and_one_that_was_silent_for_a_moment_are_left_alone() {
+    for (mut relay, ready, answer) in [
+        (impatient(), 1_000_000, PublishOutcome::Refused),
+        (Relay::new(10), 0, PublishOutcome::Refused),
+        (Relay::new(10), 0, PublishOutcome::Silent),
+        (impatient(), 0, PublishOutcome::Unknown),
+    ] {
+        let (backlog, queue) = (FakeBacklog::with_jobs(1), FakeQueue::default());
+        queue.set_ready(Some(ready));
+        queue.answer(0, answer);
+        for _ in 0..2 * SILENCES {
+            run(&mut relay, &backlog, &queue).await;
+        }
+        assert!(queue.deleted().is_empty(), "{answer:?}, {ready} ready");
+    }
+}
