@@ -6,6 +6,7 @@
 
 pub mod batches;
 pub mod crew;
+pub mod diagnosis;
 pub mod plan;
 pub mod report;
 pub mod strikes;
@@ -63,6 +64,9 @@ pub async fn run(seed: u64, length: Duration, tell: impl Fn(&str) + Send + Sync 
         tokio::time::sleep(Duration::from_millis(250)).await;
     }
     let recovery = healed.elapsed();
+    if recovery >= RECOVERY {
+        tell(&format!("the fleet does not end its work\n{}", diagnosis::take(&crew).await));
+    }
     // The helpers have no more to do; the crew ends in order, so that nothing is written while the judge reads.
     helpers.shutdown().await;
     crew.stop().await;

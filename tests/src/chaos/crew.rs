@@ -144,6 +144,16 @@ impl Crew {
         }
     }
 
+    /// Everyone's name and log.
+    pub async fn last_words(&self) -> Vec<(String, String)> {
+        let mut words = Vec::new();
+        for post in self.posts() {
+            let process = post.process.lock().await;
+            words.push((format!("{:?}, process {}", post.member, process.id()), process.log()));
+        }
+        words
+    }
+
     /// Ends everyone in order.
     pub async fn stop(&self) {
         self.stopping.store(true, Ordering::Relaxed);

@@ -10,8 +10,8 @@ use sqlx::PgPool;
 use super::plan::Fault;
 use crate::checker::{Account, Bucket, Violation};
 
-/// How many violations are printed before it says how many more there are.
-const PRINTED: usize = 30;
+/// How many subjects of each kind of violation are printed before it says how many more there are.
+const PRINTED: usize = 3;
 
 /// Faults injected, by kind.
 #[derive(Debug, Default)]
@@ -77,6 +77,15 @@ impl Report {
         (self.account.completed - self.account.images).max(0) + missing
     }
 
+    /// The subjects of the violations, by promise and what is wrong: one cause breaks many jobs alike.
+    fn violations_by_kind(&self) -> BTreeMap<(&str, &str), Vec<&str>> {
+        let mut by_kind: BTreeMap<_, Vec<_>> = BTreeMap::new();
+        for Violation { promise, what, subject } in &self.violations {
+            by_kind.entry((promise.as_str(), what.as_str())).or_default().push(subject.as_str());
+        }
+        by_kind
+    }
+
     /// Results beyond one a completed job.
     fn doubled(&self) -> i64 {
         (self.account.images - self.account.completed).max(0)
@@ -109,11 +118,14 @@ impl fmt::Display for Report {
             account.attempts, account.wasted_seconds, account.seconds
         )?;
         writeln!(f, "all jobs final {:.1} s after everything was healed", self.recovery.as_secs_f64())?;
-        for violation in self.violations.iter().take(PRINTED) {
-            writeln!(f, "VIOLATED {violation}")?;
-        }
-        if self.violations.len() > PRINTED {
-            writeln!(f, "... and {} more", self.violations.len() - PRINTED)?;
+        for ((promise, what), subjects) in self.violations_by_kind() {
+            writeln!(f, "VIOLATED {promise}, {} times: {what}", subjects.len())?;
+            for subject in subjects.iter().take(PRINTED) {
+                writeln!(f, "    {subject}")?;
+            }
+            if subjects.len() > PRINTED {
+                writeln!(f, "    and {} more", subjects.len() - PRINTED)?;
+            }
         }
         let verdict = if self.is_clean() { "every promise was kept" } else { "PROMISES WERE BROKEN" };
         write!(f, "{verdict}: P1, P2, P3, P4, P7")
