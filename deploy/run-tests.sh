@@ -12,4 +12,5 @@ step "clippy";  cargo clippy --locked --workspace --all-targets "${features[@]}"
 step "docs";    RUSTDOCFLAGS="-D warnings" cargo doc --locked --workspace "${features[@]}" --no-deps --document-private-items
 step "build";   cargo build --locked --workspace --all-targets "${features[@]}"
 step "test";    cargo test --locked --workspace "${features[@]}" --no-fail-fast
-step "chaos";   CHAOS_SECONDS=${CHAOS_SECONDS:-60} "${CARGO_TARGET_DIR:-target}/debug/chaos"
+# The same plan each time, so that a failure can be repeated; `make chaos` draws another each time.
+step "chaos";   CHAOS_SECONDS=${CHAOS_SECONDS:-60} CHAOS_SEED=${CHAOS_SEED:-11} "${CARGO_TARGET_DIR:-target}/debug/chaos"

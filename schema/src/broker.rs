@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use crate::topology::{QueueArgument, QueueDeclaration};
 
-/// The oldest RabbitMQ that keeps our promises: the first that dead-letters at least once.
+/// The oldest RabbitMQ that these programs are tested on.
 pub const MIN_BROKER_VERSION: BrokerVersion = BrokerVersion { major: 3, minor: 10, patch: 0 };
 /// The first with a delivery limit on queues that ask for none.
 const DEFAULT_DELIVERY_LIMIT: BrokerVersion = BrokerVersion { major: 4, minor: 0, patch: 0 };
@@ -75,14 +75,21 @@ pub fn concerns(version: BrokerVersion, queue: &QueueDeclaration) -> Vec<BrokerC
     let mut concern = |breaks_a_promise, what: String, hint: &str| {
         concerns.push(BrokerConcern { breaks_a_promise, what, hint: hint.to_owned() });
     };
-    if version < MIN_BROKER_VERSION && argument("x-dead-letter-strategy").is_some() {
+    if version < MIN_BROKER_VERSION {
+        concern(
+            true,
+            format!("RabbitMQ {version} is older than any that {} was tried on", queue.name),
+            "upgrade RabbitMQ to 3.10 or newer",
+        );
+    }
+    if argument("x-dead-letter-strategy") == Some(QueueArgument::Text("at-least-once")) {
         concern(
             true,
             format!(
-                "RabbitMQ {version} ignores x-dead-letter-strategy on {}: a dead letter may be lost",
+                "RabbitMQ {version} loses {} and all queues like it for good when its dead-letter supervisor gives up",
                 queue.name
             ),
-            "upgrade RabbitMQ to 3.10 or newer",
+            "leave x-dead-letter-strategy out (rabbitmq-server issue 16652)",
         );
     }
     match argument("x-delivery-limit") {
@@ -135,6 +142,15 @@ mod tests {
         }
         let old = concerns(version("3.9.29"), &queue);
         assert!(old.len() == 1 && old[0].breaks_a_promise, "{old:?}");
+    }
+
+    #[test]
+    fn dead_letters_at_least_once_can_cost_every_queue_of_a_node() {
+        let mut queue = job_queue(&"demo".parse().unwrap(), PriorityBand::Normal);
+        queue.arguments.push(("x-dead-letter-strategy", QueueArgument::Text("at-least-once")));
+        for any in ["3.10.8", "4.2.0"] {
+            assert!(concerns(version(any), &queue)[0].breaks_a_promise, "{any}");
+        }
     }
 
     #[test]
