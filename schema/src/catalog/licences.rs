@@ -98,8 +98,15 @@ impl PgCatalog {
         principal: &str,
         licence_id: LicenceId,
     ) -> Result<Option<Acceptance>, CatalogError> {
-        let sql = "UPDATE licence_acceptances SET revoked_at = now()
-                   WHERE principal = $1 AND licence_id = $2 AND revoked_at IS NULL RETURNING *";
+        // The row first, then the time: a submission that this waits for began earlier than its revocation.
+        let sql = "
+            WITH valid AS (
+                SELECT acceptance_id FROM licence_acceptances
+                WHERE principal = $1 AND licence_id = $2 AND revoked_at IS NULL
+                FOR NO KEY UPDATE
+            )
+            UPDATE licence_acceptances AS known SET revoked_at = clock_timestamp()
+            FROM valid WHERE known.acceptance_id = valid.acceptance_id RETURNING known.*";
         Ok(sqlx::query_as(sql).bind(principal).bind(licence_id).fetch_optional(&self.pool).await?)
     }
 }

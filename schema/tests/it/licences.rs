@@ -183,3 +183,26 @@ async fn a_submission_waits_for_a_revocation_in_progress() {
     assert!(matches!(error, SubmitError::LicenceNotAccepted { .. }), "{error:?}");
     assert_eq!(fixture.count("SELECT count(*) FROM batches").await, 0);
 }
+
+/// The other way around: a revocation that waits is later than every submission that it waits for, also than one that
+/// began after it and went past it.
+#[tokio::test]
+async fn a_revocation_that_waited_is_later_than_what_it_waited_for() {
+    let fixture = Fixture::new().await;
+    let mut reader = fixture.pool.begin().await.unwrap();
+    sqlx::query("SELECT FROM licence_acceptances FOR SHARE").execute(&mut *reader).await.unwrap();
+    let (catalog, licence_id) = (fixture.catalog.clone(), fixture.model.licence_id);
+    let revocation =
+        tokio::spawn(async move { catalog.revoke_acceptance_if_valid(PRINCIPAL, licence_id).await });
+    fixture.wait_for_lock(&revocation).await;
+    // Both share the row, so this one does not wait.
+    fixture.submit("racing", 1).await;
+    reader.commit().await.unwrap();
+    let revoked = revocation.await.unwrap().unwrap().expect("it was valid");
+    let enqueued = "SELECT count(*) FROM batches JOIN licence_acceptances USING (acceptance_id)
+                    WHERE batches.created_at < revoked_at";
+    assert_eq!(fixture.count(enqueued).await, 1, "enqueued while the licence was accepted: {revoked:?}");
+    assert_eq!(fixture.catalog.broken_promises(None).await.unwrap(), []);
+    let error = fixture.catalog.submit_batch(&fixture.new_batch("after"), &new_jobs(1)).await.unwrap_err();
+    assert!(matches!(error, SubmitError::LicenceNotAccepted { .. }), "{error:?}");
+}
