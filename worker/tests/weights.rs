@@ -2,86 +2,25 @@
 //! none makes the process panic.
 #![allow(clippy::unwrap_used, reason = "clippy.toml allows it in test functions; this is for their helpers")]
 
+#[path = "support/checkpoint.rs"]
+mod checkpoint;
 #[path = "support/golden.rs"]
 mod golden;
 
-use std::collections::BTreeMap;
 use std::fs;
-use std::path::{Path, PathBuf};
 
+use checkpoint::{Checkpoint, UNET, VAE};
 use golden::{F32, golden as golden_path};
 use serde_json::{Value, json};
 use tch::{Kind, Tensor};
 use worker::diffusion::load_error::Fault;
 use worker::diffusion::{
-    ComputeDevice, ComputeDtype, GenerationParameters, ImageError, ImageRequest, LoadError, LoadOptions,
-    SchedulerKind, StableDiffusionPipeline, Stage, StepControl,
+    ComputeDevice, ComputeDtype, GenerationParameters, ImageError, ImageRequest, LoadOptions, SchedulerKind,
+    StableDiffusionPipeline, Stage, StepControl,
 };
 
-const UNET: &str = "unet/diffusion_pytorch_model.safetensors";
-const VAE: &str = "vae/diffusion_pytorch_model.safetensors";
 const TEXT_ENCODER: &str = "text_encoder/model.safetensors";
 const SAFETY_CHECKER: &str = "safety_checker/model.safetensors";
-
-/// A copy of the golden checkpoint `tiny` that a test may damage.
-struct Checkpoint {
-    folder: tempfile::TempDir,
-}
-
-impl Checkpoint {
-    fn new() -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        copy(&golden_path("tiny"), folder.path());
-        Self { folder }
-    }
-
-    fn path(&self, file: &str) -> PathBuf {
-        self.folder.path().join(file)
-    }
-
-    fn load_as(&self, options: &LoadOptions) -> Result<StableDiffusionPipeline, LoadError> {
-        StableDiffusionPipeline::from_pretrained(self.folder.path(), options)
-    }
-
-    fn load(&self) -> Result<StableDiffusionPipeline, LoadError> {
-        self.load_as(&F32)
-    }
-
-    fn faults(&self) -> Vec<Fault> {
-        self.load().expect_err("a damaged checkpoint is refused").faults
-    }
-
-    fn texts(&self) -> Vec<String> {
-        self.faults().iter().map(Fault::to_string).collect()
-    }
-
-    fn edit_weights(&self, file: &str, edit: impl FnOnce(&mut BTreeMap<String, Tensor>)) {
-        let path = self.path(file);
-        let mut tensors = Tensor::read_safetensors(&path).unwrap().into_iter().collect();
-        edit(&mut tensors);
-        let tensors: Vec<(String, Tensor)> = tensors.into_iter().collect();
-        Tensor::write_safetensors(&tensors, path).unwrap();
-    }
-
-    fn edit_json(&self, file: &str, edit: impl FnOnce(&mut Value)) {
-        let mut json = serde_json::from_str(&fs::read_to_string(self.path(file)).unwrap()).unwrap();
-        edit(&mut json);
-        fs::write(self.path(file), json.to_string()).unwrap();
-    }
-}
-
-fn copy(from: &Path, to: &Path) {
-    for entry in fs::read_dir(from).unwrap() {
-        let entry = entry.unwrap();
-        let to = to.join(entry.file_name());
-        if entry.file_type().unwrap().is_dir() {
-            fs::create_dir(&to).unwrap();
-            copy(&entry.path(), &to);
-        } else {
-            fs::copy(entry.path(), to).unwrap();
-        }
-    }
-}
 
 /// What one quick picture of the checkpoint is.
 fn draw(pipeline: &StableDiffusionPipeline) -> Result<Vec<u8>, ImageError> {

@@ -2,9 +2,15 @@
 //! failing server, a broken pipeline and a shutdown leave behind. No servers, no sleeping: tests wait for events.
 #![allow(clippy::unwrap_used, reason = "clippy.toml allows it in test functions; this is for their helpers")]
 
+#[path = "../support/checkpoint.rs"]
+mod checkpoint;
+#[path = "../support/golden.rs"]
+mod golden;
+
 mod catalog;
 mod drain;
 mod failures;
+mod half_precision;
 mod leases;
 mod order;
 mod pipelines;

@@ -165,7 +165,7 @@ impl WorkerUnderTest {
         self.start(move || Box::new(script(log))).await;
     }
 
-    async fn start(&mut self, pipeline: impl FnOnce() -> Box<dyn Pipeline> + Send + 'static) {
+    pub async fn start(&mut self, pipeline: impl FnOnce() -> Box<dyn Pipeline> + Send + 'static) {
         let engine = Engine::load(Box::new(move || Ok(pipeline()))).await.expect("the pipeline loads");
         let settings = RunSettings {
             worker_id: WorkerId::generate(),
