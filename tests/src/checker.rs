@@ -1,7 +1,8 @@
 //! The judge: whether a database and a bucket keep the promises P1 to P4 and P7, whatever happened before.
 //!
 //! It reads what is recorded and trusts no constraint: each rule is looked for by itself, so that a constraint that was
-//! lost in a migration is found out by the data.
+//! lost in a migration is found out by the data. Its SQL is its own and not `schema`'s `broken_promises`, which ships: a
+//! mistake in one of the two is then seen by the other, while shared SQL would hide it from both.
 
 use std::collections::{BTreeMap, HashMap};
 
