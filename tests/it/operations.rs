@@ -91,7 +91,7 @@ async fn the_doctor_finds_a_sound_fleet_sound_and_a_commit_that_may_be_lost() {
     let fleet = Fleet::new(Servers::shared()).await;
     let _serve = fleet.serve();
     let batch = fleet.submit("a prompt\n", &["--num-inference-steps", "2"]);
-    let _worker = fleet.solid_color_worker(20, &[]);
+    let worker = fleet.solid_color_worker(20, &[]);
     fleet.await_all_final(SOON).await;
     let (code, report) = data(&fleet, &["doctor"]);
     assert_eq!(code, Some(0), "{report:#}");
@@ -136,4 +136,21 @@ async fn the_doctor_finds_a_sound_fleet_sound_and_a_commit_that_may_be_lost() {
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     assert_eq!(output.status.code(), Some(1), "{text}");
     assert!(text.contains("DANGER   broker") && text.contains("change: check AMQP_URL"), "{text}");
+
+    // A worker whose microbatches take longer than its own lease lasts.
+    drop(worker);
+    let hasty = ["--name", "hasty", "--lease-seconds", "3", "--max-microbatch", "1"];
+    let _hasty = fleet.solid_color_worker(4000, &hasty);
+    fleet.submit("a long one\n", &["--num-inference-steps", "2"]);
+    fleet.await_all_final(SOON).await;
+    let (code, report) = data(&fleet, &["doctor"]);
+    assert_eq!(code, Some(0), "it works, so it is no danger: {report:#}");
+    let findings = report["findings"].as_array().unwrap();
+    let of_hasty = |finding: &&Value| {
+        let found = finding["found"].as_str().unwrap();
+        finding["probe"] == "leases" && found.contains("worker hasty") && found.contains("the lease is 3 s")
+    };
+    let finding = findings.iter().find(of_hasty).unwrap_or_else(|| panic!("{report:#}"));
+    assert_eq!(finding["verdict"], "warning", "{finding:#}");
+    assert!(finding["hint"].as_str().unwrap().contains("--lease-seconds"), "{finding:#}");
 }

@@ -179,6 +179,8 @@ fn new_worker(config: &Config, model: &Model) -> NewWorker {
         device,
         dtype,
         version: env!("CARGO_PKG_VERSION").to_owned(),
+        lease_seconds: u32::try_from(config.lease_seconds).unwrap_or(u32::MAX),
+        max_microbatch: config.max_microbatch.into(),
     }
 }
 

@@ -8,6 +8,7 @@ use serde::Serialize;
 
 use super::connection::PgCatalog;
 use super::error::CatalogError;
+use crate::model_name::ModelName;
 
 /// The server's settings, and how full it is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, sqlx::FromRow)]
@@ -32,17 +33,25 @@ pub struct ServerHealth {
     pub in_recovery: bool,
 }
 
-/// How long microbatches took lately.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, sqlx::FromRow)]
+/// How long microbatches took lately on the workers of one model that were started with the same settings.
+#[derive(Clone, Debug, PartialEq, Serialize, sqlx::FromRow)]
 pub struct MicrobatchTimes {
+    /// The model.
+    pub model: ModelName,
+    /// The workers' `--lease-seconds`; `None` from builds that did not record it.
+    pub lease_seconds: Option<i32>,
+    /// The workers' `--max-microbatch`; `None` from builds that did not record it.
+    pub max_microbatch: Option<i32>,
+    /// How many workers those are, by name.
+    pub worker_count: i64,
+    /// The one with the longest microbatch.
+    pub slowest_worker: String,
     /// Attempts that went well within the time looked at.
     pub attempt_count: i64,
-    /// The longest of them, from claim to record.
+    /// The longest of them, from claim to record: for so long its worker had to keep the lease.
     pub longest_seconds: Option<f64>,
     /// Attempts that were given up although their worker was seen alive later: it lost its lease.
     pub lost_by_the_living: i64,
-    /// How far ahead the furthest lease of a running job reaches: no lease in use is shorter than that.
-    pub furthest_lease_seconds: Option<f64>,
 }
 
 impl PgCatalog {
@@ -78,21 +87,30 @@ impl PgCatalog {
         Ok(sqlx::query_scalar("SELECT clock_timestamp()").fetch_one(&self.pool).await?)
     }
 
-    /// How long the microbatches of the time since `window` ago took.
+    /// How long the microbatches of the time since `window` ago took, by model and workers' settings.
     ///
     /// # Errors
     /// When Postgres fails.
-    pub async fn microbatch_times(&self, window: Duration) -> Result<MicrobatchTimes, CatalogError> {
+    pub async fn microbatch_times(&self, window: Duration) -> Result<Vec<MicrobatchTimes>, CatalogError> {
         let sql = "
-            SELECT count(*) FILTER (WHERE outcome = 'ok') AS attempt_count,
-                   max(extract(epoch FROM ended_at - attempts.started_at)::float8)
-                       FILTER (WHERE outcome = 'ok') AS longest_seconds,
-                   count(*) FILTER (WHERE outcome = 'lost' AND workers.last_seen_at > ended_at)
-                       AS lost_by_the_living,
-                   (SELECT max(extract(epoch FROM lease_expires_at - clock_timestamp())::float8)
-                    FROM jobs WHERE state = 'running') AS furthest_lease_seconds
-            FROM attempts JOIN workers USING (worker_id)
-            WHERE ended_at > now() - make_interval(secs => $1)";
-        Ok(sqlx::query_as(sql).bind(window.as_secs_f64()).fetch_one(&self.pool).await?)
+            WITH of_worker AS (
+                SELECT model_id, lease_seconds, max_microbatch, workers.name AS worker,
+                       count(*) FILTER (WHERE outcome = 'ok') AS attempt_count,
+                       max(extract(epoch FROM ended_at - attempts.started_at)::float8)
+                           FILTER (WHERE outcome = 'ok') AS longest_seconds,
+                       count(*) FILTER (WHERE outcome = 'lost' AND workers.last_seen_at > ended_at)
+                           AS lost_by_the_living
+                FROM attempts JOIN workers USING (worker_id)
+                WHERE ended_at > now() - make_interval(secs => $1)
+                GROUP BY model_id, lease_seconds, max_microbatch, workers.name
+            )
+            SELECT models.name AS model, lease_seconds, max_microbatch, count(*) AS worker_count,
+                   (array_agg(worker ORDER BY longest_seconds DESC NULLS LAST, worker))[1] AS slowest_worker,
+                   sum(attempt_count)::bigint AS attempt_count, max(longest_seconds) AS longest_seconds,
+                   sum(lost_by_the_living)::bigint AS lost_by_the_living
+            FROM of_worker JOIN models USING (model_id)
+            GROUP BY models.name, lease_seconds, max_microbatch
+            ORDER BY models.name, lease_seconds, max_microbatch";
+        Ok(sqlx::query_as(sql).bind(window.as_secs_f64()).fetch_all(&self.pool).await?)
     }
 }

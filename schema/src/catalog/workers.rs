@@ -27,6 +27,10 @@ pub struct NewWorker {
     pub dtype: String,
     /// The build it runs.
     pub version: String,
+    /// How long a job stays this worker's after its last sign of life, in seconds.
+    pub lease_seconds: u32,
+    /// The most jobs that it lets share a forward pass.
+    pub max_microbatch: u32,
 }
 
 /// A worker's row, and how many leases it holds now.
@@ -68,8 +72,9 @@ impl PgCatalog {
     /// # Errors
     /// When its id is taken or its model unknown, and when Postgres fails.
     pub async fn register_worker(&self, new: &NewWorker) -> Result<(), CatalogError> {
-        let sql = "INSERT INTO workers (worker_id, name, host, model_id, pipeline, device, dtype, version)
-                   VALUES ($1, $2, $3, $4, $5, $6, $7, $8)";
+        let sql = "INSERT INTO workers (worker_id, name, host, model_id, pipeline, device, dtype, version,
+                                        lease_seconds, max_microbatch)
+                   VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)";
         sqlx::query(sql)
             .bind(new.worker_id)
             .bind(&new.name)
@@ -79,6 +84,8 @@ impl PgCatalog {
             .bind(&new.device)
             .bind(&new.dtype)
             .bind(&new.version)
+            .bind(i64::from(new.lease_seconds))
+            .bind(i64::from(new.max_microbatch))
             .execute(&self.pool)
             .await?;
         Ok(())

@@ -119,8 +119,7 @@ async fn the_server_tells_its_settings_and_how_long_things_took() {
     assert!(health.version_number >= 150_000 && !health.in_recovery, "{health:?}");
     assert!(health.connection_limit > 0 && health.connection_count > 0, "{health:?}");
     let day = std::time::Duration::from_secs(86_400);
-    let times = fixture.catalog.microbatch_times(day).await.unwrap();
-    assert_eq!((times.attempt_count, times.longest_seconds, times.furthest_lease_seconds), (0, None, None));
+    assert_eq!(fixture.catalog.microbatch_times(day).await.unwrap(), []);
 
     let worker_id = fixture.worker().await;
     let (_, job_ids) = fixture.submit("times", 3).await;
@@ -130,8 +129,40 @@ async fn the_server_tells_its_settings_and_how_long_things_took() {
     fixture.catalog.rescue_if_lease_expired(10).await.unwrap();
     fixture.catalog.worker_seen(worker_id).await.unwrap();
     let times = fixture.catalog.microbatch_times(day).await.unwrap();
-    assert_eq!((times.attempt_count, times.lost_by_the_living), (1, 1), "{times:?}");
-    assert!(times.longest_seconds.is_some_and(|seconds| seconds > 0.0 && seconds < 60.0), "{times:?}");
-    assert!(times.furthest_lease_seconds.is_some_and(|seconds| seconds > 300.0), "{times:?}");
+    assert_eq!(times.len(), 1, "{times:?}");
+    assert_eq!((times[0].attempt_count, times[0].lost_by_the_living), (1, 1), "{times:?}");
+    assert!(times[0].longest_seconds.is_some_and(|seconds| seconds > 0.0 && seconds < 60.0), "{times:?}");
+    assert_eq!((times[0].lease_seconds, times[0].max_microbatch), (Some(60), Some(4)), "as it was started");
+    assert_eq!((times[0].model.as_str(), times[0].slowest_worker.as_str()), ("demo", "worker-1"));
+
+    // A slower one with the same settings, and one of a build that recorded none.
+    let (slow, old) = (fixture.worker().await, fixture.worker().await);
+    for (worker_id, job_id, change) in [
+        (slow, job_ids[1], "name = 'worker-2'"),
+        (
+            old,
+            fixture.submit_one("old").await,
+            "name = 'worker-3', lease_seconds = NULL, max_microbatch = NULL",
+        ),
+    ] {
+        let sql = format!("UPDATE workers SET {change} WHERE worker_id = '{worker_id}'");
+        sqlx::query(&sql).execute(&fixture.pool).await.unwrap();
+        let claimed = fixture.claim_one(job_id, worker_id).await;
+        let longer = "UPDATE attempts SET started_at = now() - interval '90 seconds' WHERE ended_at IS NULL AND worker_id = $1";
+        sqlx::query(longer).bind(worker_id).execute(&fixture.pool).await.unwrap();
+        fixture.catalog.complete_if_leased(&[completed(&claimed, worker_id)]).await.unwrap()[0].unwrap();
+    }
+    let times = fixture.catalog.microbatch_times(day).await.unwrap();
+    let told: Vec<_> = times
+        .iter()
+        .map(|times| {
+            (times.lease_seconds, times.worker_count, times.slowest_worker.as_str(), times.attempt_count)
+        })
+        .collect();
+    assert_eq!(told, [(Some(60), 2, "worker-2", 2), (None, 1, "worker-3", 1)]);
+    assert!(
+        times.iter().all(|times| times.longest_seconds.is_some_and(|seconds| seconds >= 90.0)),
+        "{times:?}"
+    );
     assert!((chrono::Utc::now() - fixture.catalog.clock().await.unwrap()).num_seconds().abs() < 60);
 }

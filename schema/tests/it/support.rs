@@ -136,6 +136,8 @@ impl Fixture {
             device: "cpu".into(),
             dtype: "f32".into(),
             version: "0.1.0".into(),
+            lease_seconds: 60,
+            max_microbatch: 4,
         };
         self.catalog.register_worker(&new).await.unwrap();
         worker_id
