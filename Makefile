@@ -1,7 +1,7 @@
 # Each target is a line or two; what is long lives in deploy/ and demo/.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help deps build demo test chaos load clean
+.PHONY: help deps build demo test chaos load guards clean
 
 help: ## What there is to make
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,6 +23,10 @@ chaos: build ## Ten minutes of faults under load (CHAOS_SECONDS, CHAOS_SEED), th
 
 load: build ## Fifty workers and a backlog (LOAD_JOBS, LOAD_WORKERS), and what grows meanwhile
 	@target/release/load
+
+guards: deps ## Removes each promise's guards, one at a time, and sees tests fail (GUARDS=P4 for some); half an hour
+	cargo build --locked --workspace --features worker/failpoints,scheduler/failpoints --bins
+	@$${CARGO_TARGET_DIR:-target}/debug/guards
 
 clean: ## Remove build outputs and the local stack's data; keeps .deps
 	cargo clean

@@ -40,6 +40,11 @@ async fn it_asks_to_slow_down() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn it_says_that_its_disks_are_full() {
+    a_batch_survives(S3Fault::StorageFull, 100, 5).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn it_answers_late() {
     let fleet = Fleet::new(Servers::shared()).await;
     let front = S3Front::start(&fleet.servers().addresses().aws_endpoint_url).await;

@@ -3,12 +3,14 @@
 
 mod broken;
 mod faults_clock;
+mod faults_disk;
 mod faults_freeze;
 mod faults_kill;
 mod faults_links;
 mod faults_postgres;
 mod faults_queue;
 mod faults_s3;
+mod guards;
 mod judged;
 mod main_job;
 mod operations;

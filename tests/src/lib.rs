@@ -4,14 +4,17 @@
 //! One set of servers is started for the whole test process; each test gets a database and a model name of its own,
 //! and with the model name its own queues and object keys. A test that breaks a server starts a set for itself.
 
-//! What breaks: [`proxy`] and [`link`] break the network of one process, [`s3_front`] the object store, [`broker`] puts
-//! messages where none belong, and the kill points of `schema::failpoint` end processes between two steps. [`chaos`]
-//! does all of that at once under load, and [`checker`] is the judge. [`load`] breaks nothing and looks at what grows.
+//! What breaks: [`proxy`] and [`link`] break the network of one process, [`s3_front`] the object store, [`full_disk`] takes
+//! a server's room away, [`broker`] puts messages where none belong, and the kill points of `schema::failpoint` end
+//! processes between two steps. [`chaos`] does all of that at once under load, and [`checker`] is the judge. [`load`] breaks
+//! nothing and looks at what grows. [`guards`] takes away what keeps a promise, and tests have to fail.
 
 pub mod broker;
 pub mod chaos;
 pub mod checker;
 pub mod fleet;
+pub mod full_disk;
+pub mod guards;
 pub mod link;
 pub mod load;
 pub mod process;

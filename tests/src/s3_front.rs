@@ -27,6 +27,8 @@ type Body = BoxBody<Bytes, std::io::Error>;
 pub enum S3Fault {
     /// Answered with this status; the server never sees it.
     Status(u16),
+    /// Whatever would write is answered as MinIO answers when its disks are full.
+    StorageFull,
     /// Answered so much later.
     Delay(Duration),
     /// The server gets half of the body, then the connection ends.
@@ -98,6 +100,12 @@ impl Drop for S3Front {
 }
 
 impl Shared {
+    /// Whether the fault is that there is no room.
+    fn is_full(&self) -> bool {
+        let fault = self.fault.lock().expect("nothing panics under this lock");
+        matches!(*fault, Some((S3Fault::StorageFull, _)))
+    }
+
     /// The fault that this request meets, if any.
     fn draw(&self) -> Option<S3Fault> {
         let number = self.requests.fetch_add(1, Ordering::Relaxed);
@@ -127,7 +135,8 @@ async fn accept(listener: TcpListener, shared: Arc<Shared>) {
 
 /// Answers one request; an error ends the connection without an answer.
 async fn answer(request: Request<Incoming>, shared: &Shared) -> Result<Response<Body>> {
-    let fault = shared.draw();
+    let is_write = matches!(*request.method(), hyper::Method::PUT | hyper::Method::POST);
+    let fault = if is_write || !shared.is_full() { shared.draw() } else { None };
     let (head, body) = request.into_parts();
     let body = body.collect().await?.to_bytes();
     match fault {
@@ -137,6 +146,11 @@ async fn answer(request: Request<Incoming>, shared: &Shared) -> Result<Response<
             let text = format!("<Error><Code>{code}</Code><Message>a test's doing</Message></Error>");
             let text = if head.method == hyper::Method::HEAD { String::new() } else { text };
             Ok(Response::builder().status(status).body(whole(text.into()))?)
+        }
+        Some(S3Fault::StorageFull) => {
+            let text = "<Error><Code>XMinioStorageFull</Code><Message>Storage backend has reached its minimum free drive \
+                        threshold. Please delete a few objects to proceed.</Message></Error>";
+            Ok(Response::builder().status(507).body(whole(text.into()))?)
         }
         Some(S3Fault::Delay(delay)) => {
             tokio::time::sleep(delay).await;

@@ -66,7 +66,10 @@ impl Servers {
             .tempdir()
             .expect("a temporary folder");
         let data_dir = folder.path().join("stack");
-        let mut child = Command::new(binary("darkroom"))
+        // A write beyond a limit that a test sets is to fail and not to kill (`full_disk.rs`).
+        let mut child = Command::new("sh")
+            .args(["-c", "trap '' XFSZ; exec \"$0\" \"$@\""])
+            .arg(binary("darkroom"))
             .args(["up", "--servers-only", "--data-dir"])
             .arg(&data_dir)
             .env_remove("DATABASE_URL")
@@ -152,8 +155,14 @@ impl Servers {
         .await;
     }
 
+    /// `darkroom up`, which is the S3 server too.
+    pub(crate) fn pid(&self) -> i32 {
+        let child = self.child.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        i32::try_from(child.id()).expect("Linux has such process ids")
+    }
+
     /// The server process of Postgres, by its own pid file; `None` while there is none alive.
-    fn postgres_pid(&self) -> Option<Pid> {
+    pub(crate) fn postgres_pid(&self) -> Option<Pid> {
         let file = self.data_dir.join("postgres").join("data").join("postmaster.pid");
         let text = std::fs::read_to_string(file).ok()?;
         let pid = Pid::from_raw(text.lines().next()?.trim().parse().ok()?);

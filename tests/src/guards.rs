@@ -1,0 +1,224 @@
+//! The guard campaign: each guard of a promise is taken out of a copy of the tree, one after the other, and the tests that
+//! are there for it have to fail. A test that passes without its guard looks at nothing.
+
+mod table;
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use anyhow::{Context, Result, bail, ensure};
+
+pub use table::GUARDS;
+
+/// The features that all of the workspace's tests are built with.
+const FEATURES: &str = "worker/failpoints,scheduler/failpoints";
+/// A mutant may wait for what never comes; its tests have deadlines of their own below this.
+const SECONDS: &str = "900";
+
+/// One guard and how it is removed.
+#[derive(Debug)]
+pub struct Guard {
+    /// The promise that it holds, as README numbers them.
+    pub promise: &'static str,
+    /// What it is, for people.
+    pub what: &'static str,
+    /// What removes it: where a promise is held twice, by a query and a constraint, both.
+    pub cuts: &'static [Cut],
+    /// Where its tests are.
+    pub target: Target,
+    /// The tests that have to fail without it.
+    pub tests: &'static [&'static str],
+}
+
+/// A piece of a file and what stands there instead.
+#[derive(Debug)]
+pub struct Cut {
+    /// The file, from the root of the tree.
+    pub file: &'static str,
+    /// The piece, which stands in it once.
+    pub text: &'static str,
+    /// What replaces it.
+    pub replacement: &'static str,
+}
+
+/// A test program.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Target {
+    /// `schema/tests/it`, on a real Postgres.
+    Schema,
+    /// `worker/tests/in_memory`.
+    WorkerInMemory,
+    /// `worker/tests/pipeline.rs`.
+    WorkerPipeline,
+    /// The unit tests of the scheduler.
+    Scheduler,
+}
+
+impl Target {
+    /// All of them.
+    pub const ALL: [Target; 4] =
+        [Target::Schema, Target::WorkerInMemory, Target::WorkerPipeline, Target::Scheduler];
+
+    /// What cargo has to be told. `schema` alone is built much faster than with all that could depend on it.
+    fn arguments(self) -> Vec<&'static str> {
+        let workspace = ["--workspace", "--features", FEATURES];
+        match self {
+            Target::Schema => vec!["-p", "schema", "--features", "failpoints", "--test", "it"],
+            Target::WorkerInMemory => [&workspace[..], &["--test", "in_memory"]].concat(),
+            Target::WorkerPipeline => [&workspace[..], &["--test", "pipeline"]].concat(),
+            Target::Scheduler => [&workspace[..], &["--lib"]].concat(),
+        }
+    }
+}
+
+/// How a mutant fared.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fate {
+    /// Every test failed.
+    Caught,
+    /// Some test passed: it does not look at this guard.
+    Survived,
+}
+
+impl Cut {
+    /// The file's text without the guard.
+    ///
+    /// # Errors
+    /// When the piece does not stand there exactly once: the code has moved on, and the table has to follow.
+    pub fn applied_to(&self, text: &str) -> Result<String> {
+        let found = text.matches(self.text).count();
+        ensure!(found == 1, "{}: stands there {found} times, not once: {}", self.file, self.text);
+        Ok(text.replace(self.text, self.replacement))
+    }
+}
+
+/// A copy of the tree that may be broken, and the folder that cargo builds into.
+#[derive(Debug)]
+pub struct Scratch {
+    root: PathBuf,
+    copy: PathBuf,
+    target: PathBuf,
+}
+
+impl Scratch {
+    /// Copies the tree at `root`, all that git knows or would take in, without the demo model.
+    ///
+    /// The copy lies in the target folder and builds into it: what is not ours is not compiled anew. It has no `.cargo` of
+    /// its own, so that cargo reads the tree's, with its path to libtorch.
+    ///
+    /// # Errors
+    /// When git or the file system fails.
+    pub fn of(root: &Path) -> Result<Scratch> {
+        let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), PathBuf::from);
+        let copy = target.join("guards");
+        if copy.exists() {
+            std::fs::remove_dir_all(&copy)?;
+        }
+        let listed = Command::new("git")
+            .args(["ls-files", "-z", "--cached", "--others", "--exclude-standard"])
+            .current_dir(root)
+            .output()
+            .context("git lists the tree's files")?;
+        ensure!(listed.status.success(), "git ls-files: {}", String::from_utf8_lossy(&listed.stderr));
+        for file in String::from_utf8(listed.stdout)?.split('\0').filter(|file| !file.is_empty()) {
+            let from = root.join(file);
+            if file.starts_with(".cargo/") || file.starts_with("demo/model/") || !from.is_file() {
+                continue;
+            }
+            let to = copy.join(file);
+            std::fs::create_dir_all(to.parent().context("a file lies in a folder")?)?;
+            std::fs::copy(&from, &to).with_context(|| format!("cannot copy {file}"))?;
+        }
+        Ok(Scratch { root: root.to_owned(), copy, target })
+    }
+
+    /// Runs `tests` of `target` in the copy.
+    fn test(&self, target: Target, tests: &[&str]) -> Result<Output> {
+        let output = Command::new("timeout")
+            .args([SECONDS, "cargo", "test", "--locked"])
+            .args(target.arguments())
+            .args(["--no-fail-fast", "--", "--exact"])
+            .args(tests)
+            .current_dir(&self.copy)
+            .env("CARGO_TARGET_DIR", &self.target)
+            .output()
+            .context("cargo can be run")?;
+        let errors = String::from_utf8_lossy(&output.stderr);
+        ensure!(!errors.contains("could not compile"), "{target:?} does not compile:\n{errors}");
+        Ok(output)
+    }
+
+    /// Sees all tests of `guards` pass while every guard is in its place.
+    ///
+    /// # Errors
+    /// When one does not, or is not there.
+    pub fn check_that_all_pass(&self, guards: &[&Guard]) -> Result<()> {
+        for target in Target::ALL {
+            let mut tests: Vec<&str> = guards
+                .iter()
+                .filter(|guard| guard.target == target)
+                .flat_map(|guard| guard.tests)
+                .copied()
+                .collect();
+            tests.sort_unstable();
+            tests.dedup();
+            if tests.is_empty() {
+                continue;
+            }
+            let output = self.test(target, &tests)?;
+            let told = String::from_utf8_lossy(&output.stdout);
+            for test in tests {
+                ensure!(
+                    told.contains(&format!("test {test} ... ok")),
+                    "{test} does not pass as it is:\n{told}"
+                );
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes `guard` out, runs its tests, and puts it back.
+    ///
+    /// # Errors
+    /// When it is not where the table says, or the rest does not compile without it.
+    pub fn without(&self, guard: &Guard) -> Result<Fate> {
+        let mut whole: Vec<(PathBuf, String)> = Vec::new();
+        for cut in guard.cuts {
+            let path = self.copy.join(cut.file);
+            let text = std::fs::read_to_string(&path).with_context(|| format!("cannot read {}", cut.file))?;
+            std::fs::write(&path, cut.applied_to(&text)?)?;
+            whole.push((path, text));
+        }
+        let output = self.test(guard.target, guard.tests);
+        // The latest first: a file that was cut twice becomes what it was before the first.
+        for (path, text) in whole.into_iter().rev() {
+            std::fs::write(path, text)?;
+        }
+        let output = output?;
+        let told = String::from_utf8_lossy(&output.stdout);
+        let mut fate = Fate::Caught;
+        for test in guard.tests {
+            if told.contains(&format!("test {test} ... ok")) {
+                fate = Fate::Survived;
+            } else if !told.contains(&format!("test {test} ... FAILED")) {
+                bail!("{test} neither passed nor failed:\n{told}{}", String::from_utf8_lossy(&output.stderr));
+            }
+        }
+        Ok(fate)
+    }
+
+    /// Builds the tree's own programs again: those of the last mutant lie where they belong.
+    ///
+    /// # Errors
+    /// When cargo fails.
+    pub fn restore_programs(&self) -> Result<()> {
+        let status = Command::new("cargo")
+            .args(["build", "--quiet", "--locked", "--workspace", "--bins", "--features", FEATURES])
+            .current_dir(&self.root)
+            .env("CARGO_TARGET_DIR", &self.target)
+            .status()
+            .context("cargo can be run")?;
+        ensure!(status.success(), "the tree's own programs could not be built again");
+        Ok(())
+    }
+}

@@ -1,0 +1,331 @@
+//! Which guards there are. `tests/it/guards.rs` sees that each stands where this says.
+
+use super::{Cut, Guard, Target};
+
+/// Cancelled, completed and discarded jobs absorb: the trigger behind every statement.
+const FINAL_ABSORBS: Cut = Cut {
+    file: "migrations/0005_jobs.sql",
+    text: "WHEN (OLD.state IN ('completed', 'cancelled', 'discarded'))",
+    replacement: "WHEN (false)",
+};
+/// One image row a job, by its index.
+const ONE_IMAGE: Cut = Cut {
+    file: "migrations/0006_attempts_and_images.sql",
+    text: "job_id              uuid NOT NULL UNIQUE,",
+    replacement: "job_id              uuid NOT NULL,",
+};
+/// A batch needs an acceptance that is valid, by trigger.
+const VALID_ACCEPTANCE: Cut = Cut {
+    file: "migrations/0004_batches.sql",
+    text: "IF NOT FOUND THEN\n        RAISE EXCEPTION 'licence acceptance %",
+    replacement: "IF false THEN\n        RAISE EXCEPTION 'licence acceptance %",
+};
+
+/// All of them, by promise.
+pub const GUARDS: &[Guard] = &[
+    Guard {
+        promise: "P1",
+        what: "the rescuer takes jobs whose lease has expired",
+        cuts: &[Cut {
+            file: "schema/src/catalog/rescue.rs",
+            text: "WHERE state = 'running' AND lease_expires_at < now()",
+            replacement: "WHERE state = 'running' AND false",
+        }],
+        target: Target::Schema,
+        tests: &["claims::an_expired_lease_is_rescued_and_its_holder_told"],
+    },
+    Guard {
+        promise: "P1",
+        what: "the republisher takes back what the broker lost",
+        cuts: &[Cut {
+            file: "schema/src/catalog/relay.rs",
+            text: "AND published_at <= now() - make_interval(secs => $3)",
+            replacement: "AND false AND published_at <= now() - make_interval(secs => $3)",
+        }],
+        target: Target::Schema,
+        tests: &["relay::what_the_broker_lost_is_published_again"],
+    },
+    Guard {
+        promise: "P1",
+        what: "the relay marks only what the broker has confirmed",
+        cuts: &[Cut {
+            file: "scheduler/src/relay.rs",
+            text: "filter(|&(_, &outcome)| outcome == PublishOutcome::Confirmed)",
+            replacement: "filter(|_| true)",
+        }],
+        target: Target::Scheduler,
+        tests: &["relay::tests::only_what_the_broker_holds_is_marked"],
+    },
+    Guard {
+        promise: "P1",
+        what: "a batch is committed with all its jobs or not at all",
+        cuts: &[Cut {
+            file: "migrations/0005_jobs.sql",
+            text: "IF written <> NEW.job_count THEN",
+            replacement: "IF false THEN",
+        }],
+        target: Target::Schema,
+        tests: &["constraints::a_batch_comes_with_all_its_jobs_and_no_later_ones"],
+    },
+    Guard {
+        promise: "P1",
+        what: "a claim waits for a row that the relay is marking",
+        cuts: &[Cut {
+            file: "schema/src/catalog/claims.rs",
+            text: "ORDER BY job_id FOR NO KEY UPDATE\n            ), claimed AS (",
+            replacement: "ORDER BY job_id FOR NO KEY UPDATE SKIP LOCKED\n            ), claimed AS (",
+        }],
+        target: Target::Schema,
+        tests: &["claims::a_claim_waits_for_a_row_that_is_locked"],
+    },
+    Guard {
+        promise: "P2",
+        what: "the unique index on `images.job_id`",
+        cuts: &[ONE_IMAGE],
+        target: Target::Schema,
+        tests: &["image_constraints::an_image_row_counts_and_stays"],
+    },
+    Guard {
+        promise: "P2",
+        what: "all that keeps twins of one lease apart: the state in `complete_if_leased`, the index, the final state, the ended attempt",
+        cuts: &[
+            Cut {
+                file: "schema/src/catalog/completion.rs",
+                text: "WHERE jobs.state = 'running'\n        ORDER BY jobs.job_id FOR NO KEY UPDATE OF jobs",
+                replacement: "ORDER BY jobs.job_id FOR NO KEY UPDATE OF jobs",
+            },
+            Cut {
+                file: "schema/src/catalog/completion.rs",
+                text: "FROM recorded WHERE jobs.job_id = recorded.job_id AND jobs.state = 'running'",
+                replacement: "FROM recorded WHERE jobs.job_id = recorded.job_id",
+            },
+            ONE_IMAGE,
+            FINAL_ABSORBS,
+            Cut {
+                file: "migrations/0006_attempts_and_images.sql",
+                text: "FOR EACH ROW WHEN (OLD.ended_at IS NOT NULL)",
+                replacement: "FOR EACH ROW WHEN (false)",
+            },
+            // Twins report one object, which this index would tell.
+            Cut {
+                file: "migrations/0006_attempts_and_images.sql",
+                text: "object_key          text UNIQUE,",
+                replacement: "object_key          text,",
+            },
+        ],
+        target: Target::Schema,
+        tests: &["completion::simultaneous_twins_make_one_image"],
+    },
+    Guard {
+        promise: "P2",
+        what: "an object's key is a function of the job and its bytes",
+        cuts: &[Cut {
+            file: "worker/src/completer.rs",
+            text: "ObjectKey::new(picture.job.batch_id, picture.job.ordinal, &sha256)",
+            replacement: "ObjectKey::new(picture.job.batch_id, picture.job.ordinal, \
+                          &Sha256Digest::of(uuid::Uuid::new_v4().as_bytes()))",
+        }],
+        target: Target::WorkerInMemory,
+        tests: &["order::a_job_that_runs_twice_finds_its_object_there"],
+    },
+    Guard {
+        promise: "P3",
+        what: "the completer records only what was stored",
+        cuts: &[Cut {
+            file: "worker/src/completer.rs",
+            text: "Ok(Stored::AlreadyThere) => self.metrics.already_there.increment(),\n            \
+                   Err(error) => return Err((picture, error.into())),",
+            replacement: "Ok(Stored::AlreadyThere) => self.metrics.already_there.increment(),\n            Err(_) => {}",
+        }],
+        target: Target::WorkerInMemory,
+        tests: &["failures::jobs_whose_pictures_cannot_be_stored_go_back_unharmed"],
+    },
+    Guard {
+        promise: "P3",
+        what: "the digest that is sent and recorded is that of the bytes",
+        cuts: &[Cut {
+            file: "worker/src/completer.rs",
+            text: "let sha256 = Sha256Digest::of(&bytes);",
+            replacement: "let sha256 = Sha256Digest::of(&bytes[1..]);",
+        }],
+        target: Target::WorkerInMemory,
+        tests: &["order::each_job_is_stored_then_completed_then_acked"],
+    },
+    Guard {
+        promise: "P3",
+        what: "an image row is never changed",
+        cuts: &[Cut {
+            file: "migrations/0006_attempts_and_images.sql",
+            text: "CREATE TRIGGER images_are_kept BEFORE UPDATE OR DELETE ON images",
+            replacement: "CREATE TRIGGER images_are_kept BEFORE DELETE ON images",
+        }],
+        target: Target::Schema,
+        tests: &["image_constraints::an_image_row_counts_and_stays"],
+    },
+    Guard {
+        promise: "P4",
+        what: "the fencing token in `complete_if_leased`",
+        cuts: &[Cut {
+            file: "schema/src/catalog/completion.rs",
+            text: "FROM jobs JOIN given USING (job_id, lease_generation)",
+            replacement: "FROM jobs JOIN given USING (job_id)",
+        }],
+        target: Target::Schema,
+        tests: &[
+            "claims::an_expired_lease_is_rescued_and_its_holder_told",
+            "completion::a_lost_lease_does_not_spoil_its_neighbours",
+            "interleavings::any_interleaving_agrees_with_the_model",
+        ],
+    },
+    Guard {
+        promise: "P4",
+        what: "the trigger that lets nothing change a final job",
+        cuts: &[FINAL_ABSORBS],
+        target: Target::Schema,
+        tests: &["transitions::nothing_changes_a_job_that_is_final"],
+    },
+    Guard {
+        promise: "P4",
+        what: "the trigger that knows the chart of moves",
+        cuts: &[Cut {
+            file: "migrations/0005_jobs.sql",
+            text: "WHERE from_state = OLD.state AND to_state = NEW.state;",
+            replacement: "WHERE true;",
+        }],
+        target: Target::Schema,
+        tests: &["transitions::postgres_lets_through_what_the_chart_has_and_nothing_else"],
+    },
+    Guard {
+        promise: "P4",
+        what: "a claim takes available jobs alone (twice in the statement)",
+        cuts: &[
+            Cut {
+                file: "schema/src/catalog/claims.rs",
+                text: "WHERE job_id = ANY ($1) AND state = 'available'",
+                replacement: "WHERE job_id = ANY ($1)",
+            },
+            Cut {
+                file: "schema/src/catalog/claims.rs",
+                text: "WHERE jobs.job_id = claimable.job_id AND jobs.state = 'available'",
+                replacement: "WHERE jobs.job_id = claimable.job_id",
+            },
+        ],
+        target: Target::Schema,
+        tests: &["claims::what_is_not_available_is_left_out"],
+    },
+    Guard {
+        promise: "P5",
+        what: "the trigger that asks for a valid acceptance",
+        cuts: &[VALID_ACCEPTANCE],
+        target: Target::Schema,
+        tests: &[
+            "licences::the_tables_hold_the_licence_rule_by_themselves",
+            "licences::a_submission_waits_for_a_revocation_in_progress",
+        ],
+    },
+    Guard {
+        promise: "P5",
+        what: "the submission's question for a valid acceptance, and that trigger behind it",
+        cuts: &[
+            VALID_ACCEPTANCE,
+            Cut {
+                file: "schema/src/catalog/submission.rs",
+                text: "AND acceptance.principal = $2 AND acceptance.revoked_at IS NULL",
+                replacement: "AND acceptance.principal = $2",
+            },
+        ],
+        target: Target::Schema,
+        tests: &["licences::a_revoked_acceptance_does_not_count"],
+    },
+    Guard {
+        promise: "P5",
+        what: "the foreign key to an acceptance by the same principal, of the same licence",
+        cuts: &[Cut {
+            file: "migrations/0004_batches.sql",
+            text: "FOREIGN KEY (acceptance_id, licence_id, principal)\n        \
+                   REFERENCES licence_acceptances (acceptance_id, licence_id, principal)",
+            replacement: "FOREIGN KEY (acceptance_id) REFERENCES licence_acceptances (acceptance_id)",
+        }],
+        target: Target::Schema,
+        tests: &["licences::the_tables_hold_the_licence_rule_by_themselves"],
+    },
+    Guard {
+        promise: "P5",
+        what: "a revocation takes its time after it has the row",
+        cuts: &[Cut {
+            file: "schema/src/catalog/licences.rs",
+            text: "AND revoked_at IS NULL\n                FOR NO KEY UPDATE",
+            replacement: "AND revoked_at IS NULL",
+        }],
+        target: Target::Schema,
+        tests: &["licences::a_revocation_that_waited_is_later_than_what_it_waited_for"],
+    },
+    Guard {
+        promise: "P7",
+        what: "a microbatch is told of a lease that is gone",
+        cuts: &[Cut {
+            file: "worker/src/lease.rs",
+            text: "                microbatch.control.lease_lost(lost.job_id);\n",
+            replacement: "",
+        }],
+        target: Target::WorkerInMemory,
+        tests: &["leases::a_cancelled_job_is_dropped_and_its_neighbors_go_on"],
+    },
+    Guard {
+        promise: "P7",
+        what: "the denoising loop drops a picture between two steps",
+        cuts: &[Cut {
+            file: "worker/src/diffusion/pipeline_stable_diffusion/denoising.rs",
+            text: "StepControl::Drop(dropped) => self.drop_pictures(&dropped, step_index),",
+            replacement: "StepControl::Drop(_) => {}",
+        }],
+        target: Target::WorkerPipeline,
+        tests: &["dropped_pictures_stop_and_the_others_stay_the_same"],
+    },
+    Guard {
+        promise: "P7",
+        what: "a lease is extended only as it was given: its token, its state, and the final state behind them",
+        cuts: &[
+            Cut {
+                file: "schema/src/catalog/claims.rs",
+                text: "USING (job_id, lease_generation)\n                WHERE state = 'running' AND leased_by = $3",
+                replacement: "USING (job_id)\n                WHERE leased_by = $3 OR leased_by IS NULL",
+            },
+            Cut {
+                file: "schema/src/catalog/claims.rs",
+                text: "FROM held WHERE jobs.job_id = held.job_id AND jobs.state = 'running'\n            RETURNING jobs.job_id\";",
+                replacement: "FROM held WHERE jobs.job_id = held.job_id RETURNING jobs.job_id\";",
+            },
+            FINAL_ABSORBS,
+            Cut {
+                file: "migrations/0005_jobs.sql",
+                text: "AND (state = 'running') = (lease_expires_at IS NOT NULL)),",
+                replacement: "),",
+            },
+        ],
+        target: Target::Schema,
+        tests: &["cancellation::a_batch_is_cancelled_except_for_what_is_final"],
+    },
+    Guard {
+        promise: "P8",
+        what: "each picture has a generator of its own",
+        cuts: &[Cut {
+            file: "worker/src/diffusion/pipeline_stable_diffusion/denoising.rs",
+            text: "Generator::new(request.seed)",
+            replacement: "Generator::new(request.seed + index as u64)",
+        }],
+        target: Target::WorkerPipeline,
+        tests: &["a_microbatch_equals_single_calls_bit_for_bit"],
+    },
+    Guard {
+        promise: "P8",
+        what: "on the CPU the UNet sees each picture by itself",
+        cuts: &[Cut {
+            file: "worker/src/diffusion/pipeline_stable_diffusion/denoising.rs",
+            text: "ComputeDevice::Cpu => step_side_by_side(unet, pictures, step_index, timestep)?",
+            replacement: "ComputeDevice::Cpu => step_together(unet, pictures, step_index, timestep)?",
+        }],
+        target: Target::WorkerPipeline,
+        tests: &["a_microbatch_equals_single_calls_bit_for_bit"],
+    },
+];
