@@ -104,7 +104,7 @@ impl Scratch {
     /// Copies the tree at `root`, all that git knows or would take in, without the demo model.
     ///
     /// The copy lies in the target folder and builds into it: what is not ours is not compiled anew. It has no `.cargo` of
-    /// its own, so that cargo reads the tree's, with its path to libtorch.
+    /// its own, whose path to libtorch would be another.
     ///
     /// # Errors
     /// When git or the file system fails.
@@ -134,6 +134,8 @@ impl Scratch {
 
     /// Runs `tests` of `target` in the copy.
     fn test(&self, target: Target, tests: &[&str]) -> Result<Output> {
+        let libtorch =
+            std::env::var_os("LIBTORCH").map_or_else(|| self.root.join(".deps/libtorch"), PathBuf::from);
         let output = Command::new("timeout")
             .args([SECONDS, "cargo", "test", "--locked"])
             .args(target.arguments())
@@ -141,6 +143,8 @@ impl Scratch {
             .args(tests)
             .current_dir(&self.copy)
             .env("CARGO_TARGET_DIR", &self.target)
+            .env("LIBTORCH", libtorch)
+            .env("LIBTORCH_CXX11_ABI", "1")
             .output()
             .context("cargo can be run")?;
         let errors = String::from_utf8_lossy(&output.stderr);
