@@ -24,7 +24,7 @@ chaos: build ## Ten minutes of faults under load (CHAOS_SECONDS, CHAOS_SEED), th
 load: build ## Fifty workers and a backlog (LOAD_JOBS, LOAD_WORKERS), and what grows meanwhile
 	@target/release/load
 
-guards: deps ## Removes each promise's guards, one at a time, and sees tests fail (GUARDS=P4 for some); half an hour
+guards: deps ## Removes each promise's guards, one at a time, and sees tests fail (GUARDS=P1,P4 for some); half an hour
 	cargo build --locked --workspace --features worker/failpoints,scheduler/failpoints --bins
 	@$${CARGO_TARGET_DIR:-target}/debug/guards
 

@@ -44,6 +44,8 @@ async fn a_full_disk_under_postgres_costs_time_and_nothing_else() {
     worker.signal(Signal::SIGTERM);
     assert!(worker.exit(SOON).await.success(), "{}", worker.log());
     let waiting = fleet.submit(&"a prompt\n".repeat(4), &SMALL);
+    let published = "SELECT count(*) FROM jobs WHERE state = 'available' AND published_at IS NOT NULL";
+    fleet.await_count("the relay to be done with them", published, 4, SOON).await;
     full_disk::fill_postgres(fleet.servers(), fleet.pool(), &["images", "attempts", "jobs"]).await;
     let worker = fleet.solid_color_worker(20, &WORKER);
     worker.says("Cannot claim jobs now", SOON).await;
