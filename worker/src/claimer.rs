@@ -9,7 +9,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant as StdInstant};
 
 use schema::{CatalogError, ClaimedJob, JobId, Lease, LeaseReturn, MicrobatchId, WorkerId};
 use tokio::sync::mpsc;
@@ -25,6 +25,7 @@ use crate::lease::Leases;
 use crate::metrics::Metrics;
 use crate::microbatch::{Entry, Microbatch, Picture};
 use crate::queue::{Acknowledger, DeliveryTag, Queue, Requeue};
+use crate::trace::{Span, Stage, Trace};
 
 /// Longer than any worker waits: claiming is tried for as long as there is something to claim.
 const PATIENCE: Duration = Duration::from_secs(365 * 24 * 3600);
@@ -44,6 +45,8 @@ pub struct Claimer<Q, C> {
     pub lease: Duration,
     /// Counts.
     pub metrics: Arc<Metrics>,
+    /// Is told of each claim.
+    pub trace: Trace,
 }
 
 impl<Q: Queue, C: Catalog> Claimer<Q, C> {
@@ -116,6 +119,8 @@ impl<Q: Queue, C: Catalog> Claimer<Q, C> {
     ) -> Option<Microbatch> {
         schema::failpoint::reached("claimer::before_claim");
         let microbatch_id = MicrobatchId::generate();
+        let formed = StdInstant::now();
+        let oldest = entries.iter().map(|entry| entry.arrived).min().unwrap_or(formed);
         let job_ids: Vec<JobId> = entries.iter().map(|entry| entry.message.job_id).collect();
         let patience = Patience { limit: PATIENCE, give_up: drain.clone() };
         let claimed = patience
@@ -143,12 +148,16 @@ impl<Q: Queue, C: Catalog> Claimer<Q, C> {
             return None;
         }
         debug!(microbatch.id = %microbatch_id, batch.size = pictures.len(), "Claimed {} jobs", pictures.len());
-        self.metrics.microbatches.increment();
-        self.metrics.claimed.add(pictures.len());
         let leases: Vec<_> = pictures.iter().map(|picture| picture.job.lease).collect();
         let (handle, control) = control(leases.iter().map(|lease| lease.job_id).collect(), drain.clone());
         self.leases.hold(leases, handle).await;
-        Some(Microbatch { microbatch_id, pictures, control })
+        let claimed = StdInstant::now();
+        for (stage, from, to) in [(Stage::Consume, oldest, formed), (Stage::Claim, formed, claimed)] {
+            self.trace.span(Span { stage, microbatch_id, picture: None, pictures: pictures.len(), from, to });
+        }
+        self.metrics.microbatches.increment();
+        self.metrics.claimed.add(pictures.len());
+        Some(Microbatch { microbatch_id, pictures, claimed, control })
     }
 
     /// Gives back the jobs whose row asks for less company than their message did: it was sent before they were lost. The

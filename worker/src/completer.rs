@@ -1,17 +1,19 @@
 //! Last stage: from pixels to an acknowledged message.
 //!
 //! The order is the promise. **Encode and store → complete → ack**, each only after the one before has succeeded, and
-//! each repeatable; what a crash between two of them costs stands beside the arrows in [`Completer::finish`].
+//! each repeatable; what a crash between two of them costs stands beside the arrows in [`Completer::finish`]. Microbatches
+//! are finished side by side, each in that order, so that a slow bucket holds up nobody but its own pictures.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use futures::stream::{self, StreamExt};
+use futures::future::join_all;
 use schema::{
     CatalogError, CompletedJob, FailDisposition, Lease, LeaseReturn, ModelName, ObjectKey, SafetyVerdict,
     Sha256Digest, StageTimings, StoredObject, WorkerId,
 };
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
+use tokio::task::{JoinError, JoinSet};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, error, info, warn};
 
@@ -25,15 +27,20 @@ use crate::microbatch::{Finished, FinishedPicture, Outcome, Picture};
 use crate::object_store::{ObjectStore, StoreError, Stored};
 use crate::pipeline::{GeneratedImage, PipelineIdentity, StageTimes};
 use crate::png::{PngError, Provenance, encode_picture};
-use crate::queue::{Acknowledger, Queue, Requeue};
+use crate::queue::{Acknowledger, DeliveryTag, Queue, Requeue};
+use crate::trace::{Span, Stage, Trace};
 
 /// How long a picture that is drawn waits for a server that is away before its job is given back. Well below the
 /// broker's consumer timeout of half an hour, which would take the delivery away anyhow.
 const PATIENCE: Duration = Duration::from_secs(300);
 /// How long giving back is tried. A lease that cannot be given back lapses.
 const RELEASE_PATIENCE: Duration = Duration::from_secs(5);
-/// PUTs under way at once.
-const CONCURRENT_PUTS: usize = 8;
+/// Pictures of all microbatches that are encoded or on their way to the bucket at once. Object stores answer in 100 to 200 ms:
+/// so many carry 80 pictures a second.
+pub const CONCURRENT_PUTS: usize = 16;
+/// Microbatches that are finished at once. More than one, since with small ones storing may take longer than drawing; few,
+/// since their pixels are in memory and their messages unacknowledged (`Config::prefetch` counts on this number).
+pub const CONCURRENT_MICROBATCHES: usize = 3;
 
 /// What the pictures of this worker have in common.
 #[derive(Debug, Clone)]
@@ -65,6 +72,10 @@ pub struct Completer<Q, S, C> {
     pub fitness: Arc<Fitness>,
     /// Ends the waiting for servers that are away.
     pub give_up: CancellationToken,
+    /// Is told of each stage.
+    pub trace: Trace,
+    /// A permit for each picture on its way to the bucket: [`CONCURRENT_PUTS`] of them.
+    pub puts: Semaphore,
 }
 
 /// A picture on its way to its row.
@@ -76,14 +87,30 @@ struct Completion {
 impl<Q: Queue, S: ObjectStore, C: Catalog> Completer<Q, S, C> {
     /// Works until the engine is gone and all its pictures are settled.
     pub async fn run(self, mut finished: mpsc::Receiver<Finished>) {
-        while let Some(finished) = finished.recv().await {
-            let started = Instant::now();
-            let shared =
-                finished.pictures.iter().map(|picture| picture.times.vae + picture.times.safety).max();
-            self.finish(finished).await;
-            self.metrics.finishing_took(shared.unwrap_or_default() + started.elapsed());
-            self.metrics.touch();
+        let completer = Arc::new(self);
+        let mut finishing = JoinSet::new();
+        loop {
+            tokio::select! {
+                Some(ended) = finishing.join_next() => passed_on(ended),
+                // While there is no room, the engine's thread holds at most the next and then waits.
+                next = finished.recv(), if finishing.len() < CONCURRENT_MICROBATCHES => {
+                    let Some(next) = next else { break };
+                    let completer = completer.clone();
+                    finishing.spawn(async move { completer.finish_timed(next).await });
+                }
+            }
         }
+        while let Some(ended) = finishing.join_next().await {
+            passed_on(ended);
+        }
+    }
+
+    async fn finish_timed(&self, finished: Finished) {
+        let started = Instant::now();
+        let shared = finished.pictures.iter().map(|picture| picture.times.vae + picture.times.safety).max();
+        self.finish(finished).await;
+        self.metrics.finishing_took(shared.unwrap_or_default() + started.elapsed());
+        self.metrics.touch();
     }
 
     /// Brings every picture of a microbatch to its end, in the order that the promises rest on.
@@ -105,8 +132,14 @@ impl<Q: Queue, S: ObjectStore, C: Catalog> Completer<Q, S, C> {
         schema::failpoint::reached("completer::before_store");
         // 1. Store. A crash before: the leases lapse, the jobs run again, nothing was visible.
         let mut completions = Vec::new();
-        let stored = stream::iter(drawn).map(|(picture, image, times)| self.store(picture, image, times));
-        for answer in stored.buffered(CONCURRENT_PUTS).collect::<Vec<_>>().await {
+        let span = |stage, picture, pictures, from| {
+            self.trace.span(Span { stage, microbatch_id, picture, pictures, from, to: Instant::now() });
+        };
+        let stored = drawn.into_iter().enumerate().map(|(index, (picture, image, times))| {
+            let span = move |stage, from| span(stage, Some(index), 1, from);
+            self.store(picture, image, times, span)
+        });
+        for answer in join_all(stored).await {
             match answer {
                 Ok(completion) => completions.push(completion),
                 Err(failure) => failed.push(failure),
@@ -116,8 +149,10 @@ impl<Q: Queue, S: ObjectStore, C: Catalog> Completer<Q, S, C> {
         schema::failpoint::reached("completer::after_store");
         // 2. Complete. A crash between 1 and 2: objects without rows; the jobs run again, and the same bytes find their
         //    objects there already. Never a row without its object.
+        let (completing, pictures) = (Instant::now(), completions.len());
         let (completed, mut gone) = self.complete(completions, &mut failed).await;
         lost.append(&mut gone);
+        span(Stage::Complete, None, pictures, completing);
 
         schema::failpoint::reached("completer::after_complete");
         // 3. Ack. A crash between 2 and 3: the broker hands the messages out again, and claiming finds the jobs completed.
@@ -128,15 +163,16 @@ impl<Q: Queue, S: ObjectStore, C: Catalog> Completer<Q, S, C> {
         if !completed.is_empty() {
             self.fitness.succeeded();
         }
-        for picture in completed {
-            self.acknowledger.ack(picture.tag).await;
-        }
-        for picture in lost {
+        let acking = Instant::now();
+        for picture in &lost {
             // Cancelled, or rescued and published again: the catalog has the truth, so the message is spent.
             debug!(job.id = %picture.job.lease.job_id, "The lease of a job was lost; nothing of it is kept");
             self.metrics.leases_lost.increment();
-            self.acknowledger.ack(picture.tag).await;
         }
+        let spent: Vec<DeliveryTag> = completed.into_iter().chain(lost).map(|picture| picture.tag).collect();
+        let pictures = spent.len();
+        join_all(spent.into_iter().map(|tag| self.acknowledger.ack(tag))).await;
+        span(Stage::Ack, None, pictures, acking);
         for (picture, error) in failed {
             if let Some(released) = self.fail(picture, error).await {
                 stopped.push(released);
@@ -154,7 +190,10 @@ impl<Q: Queue, S: ObjectStore, C: Catalog> Completer<Q, S, C> {
         picture: Picture,
         image: GeneratedImage,
         times: StageTimes,
+        span: impl Fn(Stage, Instant),
     ) -> Result<Completion, (Picture, JobError)> {
+        // Closed never.
+        let _permit = self.puts.acquire().await;
         let mut completed = self.completed_job(&picture, &image, times);
         if image.has_nsfw_concept == Some(true) {
             self.metrics.flagged.increment();
@@ -166,6 +205,7 @@ impl<Q: Queue, S: ObjectStore, C: Catalog> Completer<Q, S, C> {
             Err(error) => return Err((picture, error.into())),
         };
         completed.timings.encode_ms = milliseconds(encoding.elapsed());
+        span(Stage::Encode, encoding);
         let uploading = Instant::now();
         let sha256 = Sha256Digest::of(&bytes);
         let key = ObjectKey::new(picture.job.batch_id, picture.job.ordinal, &sha256);
@@ -180,6 +220,7 @@ impl<Q: Queue, S: ObjectStore, C: Catalog> Completer<Q, S, C> {
             Err(error) => return Err((picture, error.into())),
         }
         completed.timings.upload_ms = milliseconds(uploading.elapsed());
+        span(Stage::Put, uploading);
         let (bucket, size_bytes) = (self.store.bucket().to_owned(), bytes.len() as u64);
         completed.object = Some(StoredObject { bucket, object_key: key, sha256, size_bytes });
         Ok(Completion { picture, completed })
@@ -361,6 +402,15 @@ impl<Q: Queue, S: ObjectStore, C: Catalog> Completer<Q, S, C> {
 
     fn patience(&self) -> Patience {
         Patience { limit: PATIENCE, give_up: self.give_up.clone() }
+    }
+}
+
+/// A microbatch whose finishing panicked ends the stage as if it had panicked itself.
+fn passed_on(ended: Result<(), JoinError>) {
+    if let Err(error) = ended
+        && let Ok(panic) = error.try_into_panic()
+    {
+        std::panic::resume_unwind(panic);
     }
 }
 

@@ -5,6 +5,7 @@
 
 use schema::{JobMessage, PriorityBand};
 use std::sync::Arc;
+use std::time::Instant;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use tracing::error;
@@ -47,7 +48,9 @@ impl<Q: Queue> Consumer<Q> {
 
     async fn read(&self, delivery: Delivery) -> Option<Entry> {
         match JobMessage::decode(&delivery.body) {
-            Ok(message) => Some(Entry { message, band: self.band, tag: delivery.tag }),
+            Ok(message) => {
+                Some(Entry { message, band: self.band, tag: delivery.tag, arrived: Instant::now() })
+            }
             Err(error) => {
                 self.metrics.unreadable.increment();
                 error!(

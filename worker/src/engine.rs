@@ -9,8 +9,9 @@
 use std::collections::{HashMap, VecDeque};
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::time::Instant;
 
-use schema::{MicrobatchKey, ValidJobSpec};
+use schema::{MicrobatchId, MicrobatchKey, ValidJobSpec};
 use tokio::sync::{mpsc, oneshot};
 use tracing::{error, info, warn};
 
@@ -19,6 +20,7 @@ use crate::microbatch::{Finished, FinishedPicture, Microbatch, Outcome, Picture}
 use crate::pipeline::{
     Generated, PictureOutcome, Pipeline, PipelineError, PipelineIdentity, PipelineLoader, StageTimes,
 };
+use crate::trace::{Span, Stage, Trace};
 
 /// Why the engine ended before it was told to.
 #[derive(Debug, thiserror::Error)]
@@ -66,8 +68,8 @@ impl EngineEnd {
 }
 
 impl Engine {
-    /// Starts the thread and waits until it has loaded the pipeline.
-    pub async fn load(load: PipelineLoader) -> Result<Self, EngineError> {
+    /// Starts the thread and waits until it has loaded the pipeline. `trace` is told of each call.
+    pub async fn load(load: PipelineLoader, trace: Trace) -> Result<Self, EngineError> {
         let (microbatches, microbatch_receiver) = mpsc::channel(1);
         let (finished_sender, finished) = mpsc::channel(1);
         let (loaded_sender, loaded) = oneshot::channel();
@@ -78,7 +80,7 @@ impl Engine {
                     Ok(pipeline) => {
                         // Nobody waits for the identity only when the worker is ending already.
                         let _ = loaded_sender.send(pipeline.identity().clone());
-                        EngineThread { pipeline, limits: HashMap::new() }
+                        EngineThread { pipeline, limits: HashMap::new(), trace }
                             .work(microbatch_receiver, &finished_sender)
                     }
                     Err(load_error) => Err(EngineError::Load(load_error)),
@@ -102,6 +104,7 @@ struct EngineThread {
     pipeline: Box<dyn Pipeline>,
     /// The most pictures a call may have, where more ran out of memory before.
     limits: HashMap<MemoryClass, usize>,
+    trace: Trace,
 }
 
 type Slot = Option<(Outcome, StageTimes)>;
@@ -113,6 +116,14 @@ impl EngineThread {
         finished: &mpsc::Sender<Finished>,
     ) -> Result<(), EngineError> {
         while let Some(microbatch) = microbatches.blocking_recv() {
+            self.trace.span(Span {
+                stage: Stage::WaitForEngine,
+                microbatch_id: microbatch.microbatch_id,
+                picture: None,
+                pictures: microbatch.pictures.len(),
+                from: microbatch.claimed,
+                to: Instant::now(),
+            });
             if !microbatch.control.may_start() {
                 hand_on(finished, stopped(microbatch));
                 continue;
@@ -133,7 +144,7 @@ impl EngineThread {
     }
 
     fn run(&mut self, microbatch: Microbatch) -> (Finished, Option<PipelineError>) {
-        let Microbatch { microbatch_id, pictures, mut control } = microbatch;
+        let Microbatch { microbatch_id, pictures, mut control, .. } = microbatch;
         let mut slots: Vec<Slot> = pictures.iter().map(|_| None).collect();
         let mut poison = None;
         let mut calls = self.calls(&pictures);
@@ -145,7 +156,7 @@ impl EngineThread {
             }
             let specs: Vec<&ValidJobSpec> =
                 pictures[call.clone()].iter().map(|picture| &picture.job.spec).collect();
-            match self.generate(&specs, &mut control) {
+            match self.generate(microbatch_id, &specs, &mut control) {
                 Ok(generated) => fill(&mut slots, call, generated, &control),
                 Err(failure) if call.len() > 1 && !failure.is_poisonous() => {
                     self.learn(&failure, specs[0].microbatch_key(), call.len());
@@ -180,11 +191,17 @@ impl EngineThread {
 
     fn generate(
         &mut self,
+        microbatch_id: MicrobatchId,
         specs: &[&ValidJobSpec],
         control: &mut Control,
     ) -> Result<Generated, PipelineError> {
+        let from = Instant::now();
         let call = AssertUnwindSafe(|| self.pipeline.generate(specs, control));
-        catch_unwind(call).unwrap_or_else(|panic| Err(panicked(&*panic)))
+        let generated = catch_unwind(call).unwrap_or_else(|panic| Err(panicked(&*panic)));
+        let times = generated.as_ref().map(|generated| generated.times).unwrap_or_default();
+        let (stage, pictures, to) = (Stage::Generate, specs.len(), Instant::now());
+        self.trace.generated(Span { stage, microbatch_id, picture: None, pictures, from, to }, times);
+        generated
     }
 
     /// Cuts a microbatch into calls: neighbors of one key, no more than fit, and those that failed before alone. The claimed

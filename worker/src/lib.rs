@@ -2,7 +2,7 @@
 //!
 //! The life of a job, in files: [`consumer`] takes a message, [`batcher`] groups it, [`claimer`] makes it ours, [`engine`]
 //! draws it, [`completer`] stores it, records it and acknowledges the message. [`lease`] keeps the claim alive meanwhile,
-//! [`run`] starts all of them and drains them. Four walls are traits: [`queue::Queue`] (RabbitMQ in [`amqp`]),
+//! [`run`] starts all of them and drains them, [`trace`] writes down when each did what. Four walls are traits: [`queue::Queue`] (RabbitMQ in [`amqp`]),
 //! [`object_store::ObjectStore`], [`catalog::Catalog`] and [`pipeline::Pipeline`]. [`diffusion`] is the model code.
 
 pub mod amqp;
@@ -33,3 +33,4 @@ pub mod run;
 pub mod solid_color;
 pub mod stable_diffusion;
 pub mod start;
+pub mod trace;

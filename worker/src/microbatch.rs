@@ -1,6 +1,8 @@
 //! What the stages hand to each other: an entry, then a claimed picture in a microbatch, then its outcome. The delivery
 //! tag rides along all the way, and only the last stage that knows the job's fate spends it.
 
+use std::time::Instant;
+
 use schema::{ClaimedJob, JobMessage, Lease, MicrobatchId, PriorityBand};
 
 use crate::control::Control;
@@ -16,6 +18,8 @@ pub struct Entry {
     pub band: PriorityBand,
     /// Settles it.
     pub tag: DeliveryTag,
+    /// When it came.
+    pub arrived: Instant,
 }
 
 /// A job that this worker has claimed, and the delivery that told of it.
@@ -34,6 +38,8 @@ pub struct Microbatch {
     pub microbatch_id: MicrobatchId,
     /// At least one.
     pub pictures: Vec<Picture>,
+    /// When its claim was answered.
+    pub claimed: Instant,
     /// What is said to it while it runs; its indices are those of `pictures`.
     pub control: Control,
 }

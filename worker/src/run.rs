@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use schema::{ModelName, PriorityBand, WorkerId};
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
@@ -17,7 +17,7 @@ use tracing::{info, warn};
 use crate::batcher::Batcher;
 use crate::catalog::Catalog;
 use crate::claimer::Claimer;
-use crate::completer::{Completer, WorkerIdentity};
+use crate::completer::{CONCURRENT_PUTS, Completer, WorkerIdentity};
 use crate::consumer::Consumer;
 use crate::engine::{Engine, EngineError};
 use crate::fitness::Fitness;
@@ -25,6 +25,7 @@ use crate::lease::{Deadlines, LeaseKeeper};
 use crate::metrics::Metrics;
 use crate::object_store::ObjectStore;
 use crate::queue::{Acknowledger, Queue};
+use crate::trace::Trace;
 
 /// After the grace period, the time to give back what was stopped; then the process ends whatever is left, and leases
 /// lapse. Part of what an operator has to allow between the two signals that end a process.
@@ -68,6 +69,8 @@ pub struct Adapters<Q, S, C> {
     pub wake_ups: mpsc::Receiver<()>,
     /// Counts.
     pub metrics: Arc<Metrics>,
+    /// Is told how long each stage takes.
+    pub trace: Trace,
 }
 
 /// How the worker is asked to stop.
@@ -111,7 +114,7 @@ pub async fn run<Q: Queue, S: ObjectStore, C: Catalog>(
     adapters: Adapters<Q, S, C>,
     shutdown: Shutdown,
 ) -> Result<StopReason, RunError> {
-    let Adapters { queue, store, catalog, engine, wake_ups, metrics } = adapters;
+    let Adapters { queue, store, catalog, engine, wake_ups, metrics, trace } = adapters;
     let Engine { identity: pipeline, microbatches, finished, ended: mut engine_end } = engine;
     let deadlines = Deadlines {
         drain: shutdown.drain.child_token(),
@@ -136,6 +139,8 @@ pub async fn run<Q: Queue, S: ObjectStore, C: Catalog>(
         metrics: metrics.clone(),
         fitness: fitness.clone(),
         give_up: give_up.clone(),
+        trace: trace.clone(),
+        puts: Semaphore::new(CONCURRENT_PUTS),
     };
     stages.spawn(completer.run(finished));
     let (entry_sender, entries) = mpsc::channel(1);
@@ -145,7 +150,8 @@ pub async fn run<Q: Queue, S: ObjectStore, C: Catalog>(
         stages.spawn(consumer.run(entry_sender.clone(), drain.clone()));
     }
     drop(entry_sender);
-    let claimer = Claimer { acknowledger, catalog, leases, worker_id, lease, metrics: metrics.clone() };
+    let claimer =
+        Claimer { acknowledger, catalog, leases, worker_id, lease, metrics: metrics.clone(), trace };
     let batcher = Batcher::new(settings.max_microbatch, settings.max_wait);
     stages.spawn(claimer.run(entries, microbatches, batcher, drain.clone()));
 

@@ -24,6 +24,7 @@ use crate::pipeline::PipelineLoader;
 use crate::run::{Adapters, FAREWELL, RunError, RunSettings, Shutdown, StopReason, run};
 use crate::solid_color::{self, SolidColorPipeline};
 use crate::stable_diffusion::{self, StableDiffusionPipeline};
+use crate::trace::Trace;
 
 /// How long a starting worker waits for the catalog.
 const CATALOG_PATIENCE: Duration = Duration::from_secs(300);
@@ -82,8 +83,9 @@ async fn serve(
     metrics: Arc<Metrics>,
     shutdown: Shutdown,
 ) -> Result<StopReason> {
+    let trace = open_trace(config)?;
     let engine = tokio::select! {
-        engine = Engine::load(load) => engine?,
+        engine = Engine::load(load, trace.clone()) => engine?,
         () = shutdown.drain.cancelled() => return Ok(StopReason::Asked),
     };
     // Only now, so that no message waits while weights are read.
@@ -115,10 +117,19 @@ async fn serve(
         engine,
         wake_ups,
         metrics,
+        trace: trace.clone(),
     };
     let ended = run(settings, adapters, shutdown).await;
     queue.close().await;
+    if let Err(error) = trace.close() {
+        warn!(error = %Chain(&error), "The trace could not be written");
+    }
     Ok(ended?)
+}
+
+fn open_trace(config: &Config) -> Result<Trace> {
+    let Some(file) = &config.trace else { return Ok(Trace::default()) };
+    Trace::to_file(file).with_context(|| format!("the trace {} cannot be written", file.display()))
 }
 
 async fn connect_catalog(config: &Config, shutdown: &Shutdown) -> Result<PgCatalog> {

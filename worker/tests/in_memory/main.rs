@@ -16,4 +16,5 @@ mod order;
 mod pipelines;
 mod queue;
 mod store;
+mod trace;
 mod worker_under_test;

@@ -15,6 +15,7 @@ use worker::pipeline::Pipeline;
 use worker::queue::Requeue;
 use worker::run::{Adapters, RunError, RunSettings, Shutdown, StopReason, run};
 use worker::solid_color::SolidColorPipeline;
+use worker::trace::Trace;
 
 use crate::catalog::{MemoryCatalog, Row};
 use crate::pipelines::ScriptedPipeline;
@@ -128,6 +129,7 @@ pub struct WorkerUnderTest {
     pub shutdown: Shutdown,
     pub wake_up: mpsc::Sender<()>,
     pub batch_id: BatchId,
+    pub trace: Trace,
     setup: Setup,
     wake_ups: Option<mpsc::Receiver<()>>,
     running: Option<JoinHandle<Result<StopReason, RunError>>>,
@@ -147,6 +149,7 @@ impl WorkerUnderTest {
             shutdown: Shutdown::default(),
             wake_up,
             batch_id: BatchId::generate(),
+            trace: Trace::default(),
             setup,
             wake_ups: Some(wake_ups),
             running: None,
@@ -166,7 +169,9 @@ impl WorkerUnderTest {
     }
 
     pub async fn start(&mut self, pipeline: impl FnOnce() -> Box<dyn Pipeline> + Send + 'static) {
-        let engine = Engine::load(Box::new(move || Ok(pipeline()))).await.expect("the pipeline loads");
+        let engine = Engine::load(Box::new(move || Ok(pipeline())), self.trace.clone())
+            .await
+            .expect("the pipeline loads");
         let settings = RunSettings {
             worker_id: WorkerId::generate(),
             model: "demo".parse().expect("a slug"),
@@ -184,6 +189,7 @@ impl WorkerUnderTest {
             engine,
             wake_ups: self.wake_ups.take().expect("a worker is started once"),
             metrics: self.metrics.clone(),
+            trace: self.trace.clone(),
         };
         self.running = Some(tokio::spawn(run(settings, adapters, self.shutdown.clone())));
     }
