@@ -53,8 +53,19 @@ impl Fleet {
         fleet
     }
 
-    /// The same, but nobody has accepted anything yet.
+    /// The same with another checkpoint's folder.
+    pub async fn with_checkpoint(servers: Arc<Servers>, checkpoint: &Path) -> Fleet {
+        let fleet = Fleet::registered(servers, checkpoint).await;
+        fleet.accept_licence(PRINCIPAL);
+        fleet
+    }
+
+    /// The tiny checkpoint, but nobody has accepted anything yet.
     pub async fn without_acceptance(servers: Arc<Servers>) -> Fleet {
+        Fleet::registered(servers, &checkpoint()).await
+    }
+
+    async fn registered(servers: Arc<Servers>, checkpoint: &Path) -> Fleet {
         let id = uuid::Uuid::new_v4().simple().to_string();
         let database = format!("fleet_{}", &id[..12]);
         let admin = PgPoolOptions::new()
@@ -75,7 +86,6 @@ impl Fleet {
         let model = format!("tiny-{}", &id[..12]);
         let fleet = Fleet { servers, database_url: url, pool, model, folder, started: AtomicUsize::new(0) };
         fleet.darkroom(&["migrate"]).succeeded();
-        let checkpoint = checkpoint();
         let checkpoint = checkpoint.to_str().expect("a UTF-8 path");
         let licence = fleet.write("LICENCE", LICENCE);
         fleet
@@ -321,7 +331,8 @@ impl Fleet {
         keys
     }
 
-    async fn s3(&self) -> aws_sdk_s3::Client {
+    /// A client of its bucket, with the SDK settings that the worker has.
+    pub async fn s3(&self) -> aws_sdk_s3::Client {
         let addresses = self.servers.addresses();
         let credentials = aws_sdk_s3::config::Credentials::new(
             &addresses.aws_access_key_id,

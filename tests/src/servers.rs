@@ -100,6 +100,11 @@ impl Servers {
         &self.addresses
     }
 
+    /// The process of `darkroom up`, which is the S3 server too.
+    pub fn id(&self) -> u32 {
+        self.child.lock().unwrap_or_else(std::sync::PoisonError::into_inner).id()
+    }
+
     /// The folder with all their data.
     pub fn data_dir(&self) -> &Path {
         &self.data_dir
@@ -162,7 +167,7 @@ impl Servers {
     }
 
     /// The server process of Postgres, by its own pid file; `None` while there is none alive.
-    pub(crate) fn postgres_pid(&self) -> Option<Pid> {
+    pub fn postgres_pid(&self) -> Option<Pid> {
         let file = self.data_dir.join("postgres").join("data").join("postmaster.pid");
         let text = std::fs::read_to_string(file).ok()?;
         let pid = Pid::from_raw(text.lines().next()?.trim().parse().ok()?);
@@ -201,7 +206,7 @@ impl Servers {
     }
 
     /// The broker's process, by the pid file that RabbitMQ itself writes; `None` while there is none alive.
-    fn broker_pid(&self) -> Option<Pid> {
+    pub fn broker_pid(&self) -> Option<Pid> {
         let text = std::fs::read_to_string(self.data_dir.join("rabbitmq").join("pid")).ok()?;
         let pid = Pid::from_raw(text.trim().parse().ok()?);
         kill(pid, None).ok().map(|()| pid)

@@ -3,16 +3,9 @@
 
 use std::process::ExitCode;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use fleet_tests::load::{self, Load};
-
-/// A whole number from the environment.
-fn setting(name: &str, otherwise: u32) -> Result<u32> {
-    match std::env::var(name) {
-        Ok(text) => text.parse().with_context(|| format!("{name} has to be a whole number, but is `{text}`")),
-        Err(_) => Ok(otherwise),
-    }
-}
+use fleet_tests::setting;
 
 #[tokio::main]
 async fn main() -> Result<ExitCode> {

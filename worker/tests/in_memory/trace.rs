@@ -54,12 +54,12 @@ async fn the_next_microbatch_is_claimed_while_one_runs_and_no_other() {
     // when its engine is idle hangs in the first.
     let (metrics, mut calls) = (worker.metrics.clone(), 0);
     let script = move |log| {
-        ScriptedPipeline::new(log, move |specs, _| {
+        ScriptedPipeline::new(log, move |specs, control| {
             calls += 1;
             let started = Instant::now();
             while metrics.microbatches.get() < MICROBATCHES.min(calls + 1) {
                 assert!(started.elapsed() < PATIENCE, "nothing was claimed while microbatch {calls} ran");
-                std::thread::sleep(Duration::from_millis(1));
+                control.wait(Duration::from_millis(1));
             }
             Ok(draw(specs))
         })
