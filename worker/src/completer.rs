@@ -39,8 +39,8 @@ const RELEASE_PATIENCE: Duration = Duration::from_secs(5);
 /// so many carry 80 pictures a second.
 pub const CONCURRENT_PUTS: usize = 16;
 /// Microbatches that are finished at once. More than one, since with small ones storing may take longer than drawing; few,
-/// since their pixels are in memory and their messages unacknowledged (`Config::prefetch` counts on this number).
-pub const CONCURRENT_MICROBATCHES: usize = 3;
+/// since their pixels are in memory.
+const CONCURRENT_MICROBATCHES: usize = 4;
 
 /// What the pictures of this worker have in common.
 #[derive(Debug, Clone)]

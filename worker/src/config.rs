@@ -11,6 +11,9 @@ use crate::diffusion::{ComputeDevice, ComputeDtype};
 use crate::generate::GenerateArgs;
 use crate::object_store::Addressing;
 
+/// Pictures that may be drawn and not yet acknowledged, at least.
+const MIN_FINISHING: u16 = 8;
+
 /// Darkroom's GPU worker.
 #[derive(Debug, clap::Parser)]
 #[command(name = "darkroom-worker", version, max_term_width = 110)]
@@ -75,7 +78,7 @@ pub struct Config {
     #[arg(long, env = "DARKROOM_DTYPE", default_value = "f32")]
     pub dtype: ComputeDtype,
     /// The most jobs that share a forward pass. More is faster on a GPU until memory or its arithmetic is full (16 to 33
-    /// on a big one); a CPU gains nothing from it. Twice as many messages of each priority band are held by the worker.
+    /// on a big one); a CPU gains nothing from it. The worker holds three times as many messages of each priority band.
     #[arg(long, env = "DARKROOM_MAX_MICROBATCH", default_value_t = 4, value_name = "N",
           value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub max_microbatch: u16,
@@ -146,9 +149,11 @@ impl Config {
         self.exit_when_idle_seconds.map(Duration::from_secs)
     }
 
-    /// Messages of one band that the worker holds: one microbatch that runs, and one that fills up.
+    /// Messages of one band that the worker holds: one microbatch that runs, one that waits or fills up, and what is on its way
+    /// to the bucket and not yet acknowledged. That is one more; or eight pictures, where microbatches are so small that storing
+    /// one takes longer than drawing the next.
     pub fn prefetch(&self) -> u16 {
-        self.max_microbatch * 2
+        self.max_microbatch * 2 + self.max_microbatch.max(MIN_FINISHING)
     }
 
     /// Servers other than Amazon's are addressed by path.
