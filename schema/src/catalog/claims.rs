@@ -129,8 +129,10 @@ impl PgCatalog {
         rows.into_iter().map(ClaimedRow::into_claimed).collect()
     }
 
-    /// Extends the leases that `worker_id` still holds to `lease` from now, and returns the jobs of those. A job that
-    /// is missing from the answer was rescued or cancelled: stop working on it.
+    /// Looks which of the leases `worker_id` still holds, and returns the jobs of those. A job that is missing from the answer was
+    /// rescued or cancelled: stop working on it. Leases of which a third has passed are extended to `lease` from now; the others
+    /// are only read, because a worker asks every second, and a row written each time would cost Postgres more than the
+    /// picture does.
     ///
     /// # Errors
     /// When Postgres fails.
@@ -142,15 +144,23 @@ impl PgCatalog {
     ) -> Result<Vec<JobId>, CatalogError> {
         let sql = "
             WITH held AS (
-                SELECT jobs.job_id FROM jobs
+                SELECT job_id, lease_generation,
+                       lease_expires_at <= clock_timestamp() + make_interval(secs => $4 * 2 / 3) AS is_due
+                FROM jobs
                 JOIN unnest($1::uuid[], $2::bigint[]) AS given (job_id, lease_generation)
                     USING (job_id, lease_generation)
                 WHERE state = 'running' AND leased_by = $3
+            ), due AS (
+                SELECT jobs.job_id FROM jobs JOIN held USING (job_id)
+                WHERE held.is_due AND jobs.lease_generation = held.lease_generation
+                  AND jobs.state = 'running' AND jobs.leased_by = $3
                 ORDER BY jobs.job_id FOR NO KEY UPDATE OF jobs
+            ), extended AS (
+                UPDATE jobs SET lease_expires_at = clock_timestamp() + make_interval(secs => $4)
+                FROM due WHERE jobs.job_id = due.job_id AND jobs.state = 'running'
+                RETURNING jobs.job_id
             )
-            UPDATE jobs SET lease_expires_at = clock_timestamp() + make_interval(secs => $4)
-            FROM held WHERE jobs.job_id = held.job_id AND jobs.state = 'running'
-            RETURNING jobs.job_id";
+            SELECT job_id FROM held WHERE NOT is_due UNION ALL SELECT job_id FROM extended";
         let (job_ids, generations) = unzip(leases);
         let query = sqlx::query_scalar(sql).bind(job_ids).bind(generations).bind(worker_id);
         Ok(query.bind(lease.as_secs_f64()).fetch_all(&self.pool).await?)

@@ -143,6 +143,30 @@ async fn a_lease_is_extended_for_its_holder_alone() {
     assert_eq!(extend(&[stale, future], mine).await, []);
 }
 
+/// A worker asks every second; what has most of its time left is answered without writing a row.
+#[tokio::test]
+async fn a_lease_with_most_of_its_time_left_is_read_and_not_written() {
+    let fixture = Fixture::new().await;
+    let worker_id = fixture.worker().await;
+    let (_, job_ids) = fixture.submit("fresh", 2).await;
+    let leases: Vec<Lease> = fixture.claim(&job_ids, worker_id).await.iter().map(|job| job.lease).collect();
+    let aged = format!(
+        "UPDATE jobs SET lease_expires_at = now() + interval '{} seconds' WHERE job_id = '{}'",
+        LEASE.as_secs() / 2,
+        job_ids[1]
+    );
+    sqlx::query(&aged).execute(&fixture.pool).await.unwrap();
+    let version = async |job_id| fixture.column(job_id, "xmin").await;
+    let before = (version(job_ids[0]).await, version(job_ids[1]).await);
+    let mut held = fixture.catalog.extend_leases_if_held(&leases, worker_id, LEASE).await.unwrap();
+    held.sort_by_key(|held| job_ids.iter().position(|job_id| job_id == held));
+    assert_eq!(held, job_ids);
+    assert_eq!(version(job_ids[0]).await, before.0, "a fresh lease was written");
+    assert_ne!(version(job_ids[1]).await, before.1, "a lease that is half over was not extended");
+    let extended = "SELECT count(*) FROM jobs WHERE lease_expires_at > now() + interval '590 seconds'";
+    assert_eq!(fixture.count(extended).await, 2);
+}
+
 #[tokio::test]
 async fn a_released_job_is_as_if_never_claimed() {
     let fixture = Fixture::new().await;
