@@ -19,6 +19,10 @@ fn migrator() -> Migrator {
 /// How long a call waits for a connection before it says that the catalog cannot be reached.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// A connection that was unused for longer is tried out before it is used. Sooner it is not: a question and an answer before
+/// each statement is a tenth of what Postgres has to do for a picture, and whoever calls repeats what failed in transit.
+const TRY_OUT_AFTER: Duration = Duration::from_secs(5);
+
 /// Darkroom's Postgres: a pool of connections. Cloning shares it.
 #[derive(Clone, Debug)]
 pub struct PgCatalog {
@@ -61,6 +65,11 @@ impl PgCatalog {
         let pool = PgPoolOptions::new()
             .max_connections(max_connections)
             .acquire_timeout(ACQUIRE_TIMEOUT)
+            .test_before_acquire(false)
+            .before_acquire(|connection, used| {
+                // A connection that does not answer is replaced.
+                Box::pin(async move { Ok(used.idle_for <= TRY_OUT_AFTER || connection.ping().await.is_ok()) })
+            })
             .connect_lazy_with(options);
         Ok(Self { pool })
     }
