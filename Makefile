@@ -1,10 +1,10 @@
 # Each target is a line or two; what is long lives in deploy/ and demo/.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help deps build demo test chaos load guards clean
+.PHONY: help deps build demo test chaos load guards bench-fleet clean
 
 help: ## What there is to make
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 deps: ## RabbitMQ and PostgreSQL from Debian, libtorch from PyPI into .deps/
 	@deploy/install-dependencies.sh
@@ -27,6 +27,10 @@ load: build ## Fifty workers and a backlog (LOAD_JOBS, LOAD_WORKERS), and what g
 guards: deps ## Removes each promise's guards, one at a time, and sees tests fail (GUARDS=P1,P4 for some); half an hour
 	cargo build --locked --workspace --features worker/failpoints,scheduler/failpoints --bins
 	@$${CARGO_TARGET_DIR:-target}/debug/guards
+
+bench-fleet: build ## The control plane at its limit beside each server alone (BENCH_JOBS …), and what that means for larger fleets
+	@BENCH_JSON=target/bench-fleet.json target/release/bench-fleet
+	@target/release/capacity target/bench-fleet.json target/capacity.png
 
 clean: ## Remove build outputs and the local stack's data; keeps .deps
 	cargo clean

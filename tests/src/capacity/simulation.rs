@@ -49,7 +49,7 @@ pub struct Outcome {
     pub postgres: f64,
     /// The broker's queue.
     pub broker: f64,
-    /// The relay.
+    /// The relay: from the start of a chunk until it is published and marked, waiting for broker and Postgres included.
     pub relay: f64,
 }
 
@@ -126,6 +126,8 @@ struct Simulation {
     postgres: Server,
     broker: Server,
     relay: Server,
+    /// When it began the chunk that it works on.
+    relay_since: f64,
     gpus: Vec<Gpu>,
     /// Messages that wait in the broker.
     ready: usize,
@@ -170,6 +172,7 @@ pub fn run(servers: Servers, workload: Workload, gpus: usize, seconds: f64) -> O
         postgres: Server::new(servers.postgres_cores),
         broker: Server::new(1),
         relay: Server::new(1),
+        relay_since: 0.0,
         gpus: vec![Gpu::default(); gpus],
         ready: 0,
         hungry: VecDeque::new(),
@@ -198,6 +201,9 @@ impl Simulation {
         // What still draws at the end counts as far as it has come.
         let open: f64 =
             self.gpus.iter().filter(|gpu| gpu.draws).map(|gpu| self.counted(gpu.drawn_since, self.end)).sum();
+        if self.relay.working > 0 {
+            self.relay.worked += self.counted(self.relay_since, self.end);
+        }
         let share = |server: &Server| (server.worked / (counted * server.places as f64)).min(1.0);
         Outcome {
             rate: self.pictures as f64 / counted,
@@ -259,6 +265,7 @@ impl Simulation {
                     self.deliver(gpu);
                 }
                 self.relay.working = 0;
+                self.relay.worked += self.counted(self.relay_since, self.now);
                 self.wake_relay();
             }
             Work::Deliver(gpu) => {
@@ -305,8 +312,8 @@ impl Simulation {
         if self.relay.working == 0 && self.ready < watermark {
             self.relay.working = 1;
             let cost = self.servers.demands.relay * CHUNK as f64;
+            self.relay_since = self.now;
             let duration = self.vary(cost);
-            self.relay.worked += self.counted(self.now, self.now + duration);
             self.at(self.now + duration, What::Served(Place::Relay, Work::Relay));
         }
     }
