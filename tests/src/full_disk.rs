@@ -108,12 +108,12 @@ pub fn free_postgres(servers: &Servers) {
 
 /// From now on no file of the S3 server may grow beyond `bytes`.
 pub fn fill_s3(servers: &Servers, bytes: i64) {
-    limit(servers.pid(), Some(bytes));
+    limit(servers.id().cast_signed(), Some(bytes));
 }
 
 /// Gives the S3 server its room back.
 pub fn free_s3(servers: &Servers) {
-    limit(servers.pid(), None);
+    limit(servers.id().cast_signed(), None);
 }
 
 fn limit_postgres(servers: &Servers, bytes: Option<i64>) {

@@ -160,12 +160,6 @@ impl Servers {
         .await;
     }
 
-    /// `darkroom up`, which is the S3 server too.
-    pub(crate) fn pid(&self) -> i32 {
-        let child = self.child.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        i32::try_from(child.id()).expect("Linux has such process ids")
-    }
-
     /// The server process of Postgres, by its own pid file; `None` while there is none alive.
     pub fn postgres_pid(&self) -> Option<Pid> {
         let file = self.data_dir.join("postgres").join("data").join("postmaster.pid");
