@@ -18,16 +18,9 @@ fn row(guard: &Guard, fate: Result<Fate>) -> (String, bool) {
     (format!("| {} | {} | {told} |", guard.promise, guard.what), is_caught)
 }
 
-fn main() -> Result<ExitCode> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("the tests lie in the workspace")?;
-    let wanted = std::env::var("GUARDS").unwrap_or_default();
-    let is_wanted =
-        |guard: &&Guard| wanted.is_empty() || wanted.split(',').any(|promise| promise == guard.promise);
-    let guards: Vec<&Guard> = GUARDS.iter().filter(is_wanted).collect();
-    ensure!(!guards.is_empty(), "GUARDS has to name promises, as in P1,P4, but is `{wanted}`");
-    let scratch = Scratch::of(root)?;
+/// Removes `guards` one test program after the other, so that each is built as rarely as can be.
+fn campaign(scratch: &Scratch, guards: &[&Guard]) -> Result<Vec<(String, bool)>> {
     let mut rows = Vec::new();
-    // One test program after the other, so that each is built as rarely as can be.
     for target in Target::ALL {
         let guards: Vec<&Guard> = guards.iter().filter(|guard| guard.target == target).copied().collect();
         if guards.is_empty() {
@@ -41,7 +34,20 @@ fn main() -> Result<ExitCode> {
             rows.push((row, is_caught));
         }
     }
+    Ok(rows)
+}
+
+fn main() -> Result<ExitCode> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("the tests lie in the workspace")?;
+    let wanted = std::env::var("GUARDS").unwrap_or_default();
+    let is_wanted =
+        |guard: &&Guard| wanted.is_empty() || wanted.split(',').any(|promise| promise == guard.promise);
+    let guards: Vec<&Guard> = GUARDS.iter().filter(is_wanted).collect();
+    ensure!(!guards.is_empty(), "GUARDS has to name promises, as in P1,P4, but is `{wanted}`");
+    let scratch = Scratch::of(root)?;
+    let rows = campaign(&scratch, &guards);
     scratch.restore_programs()?;
+    let mut rows = rows?;
     rows.sort();
     println!("\n| promise | removed | tests that fail then |\n| --- | --- | --- |");
     for (row, _) in &rows {
