@@ -7,6 +7,7 @@ use std::time::Duration;
 use schema::ModelName;
 use secrecy::SecretString;
 
+use crate::bench::BenchArgs;
 use crate::diffusion::{ComputeDevice, ComputeDtype};
 use crate::generate::GenerateArgs;
 use crate::object_store::Addressing;
@@ -37,6 +38,8 @@ pub enum Command {
     Run(Box<Config>),
     /// Makes one picture from a prompt, without a fleet.
     Generate(Box<GenerateArgs>),
+    /// Measures the model's speed, stage by stage, with weights drawn from a seed.
+    Bench(Box<BenchArgs>),
 }
 
 /// How log lines look.

@@ -45,6 +45,8 @@ pub mod clip_image_processor;
 pub mod clip_tokenizer;
 pub mod config;
 pub mod device;
+pub mod drawn_weights;
+pub mod flops;
 pub mod load_error;
 pub mod models;
 pub mod nn;

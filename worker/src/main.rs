@@ -21,6 +21,7 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let ended = worker::logging::start(&cli).and_then(|()| match cli.command {
         Command::Generate(arguments) => generate::run(&arguments),
+        Command::Bench(arguments) => worker::bench::run(&arguments),
         Command::Run(config) => leave(serve(*config)),
     });
     ended.map_or_else(|error| ExitCode::from(exit_code(&error)), |()| ExitCode::SUCCESS)

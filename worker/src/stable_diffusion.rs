@@ -226,7 +226,7 @@ fn times(seconds: StageSeconds) -> StageTimes {
     StageTimes {
         text_encoder: Duration::from_secs_f64(seconds.text_encoder),
         denoise: Duration::from_secs_f64(seconds.denoise),
-        vae: Duration::from_secs_f64(seconds.vae_decode),
+        vae: Duration::from_secs_f64(seconds.vae_decode + seconds.to_host),
         safety: Duration::from_secs_f64(seconds.safety_checker),
     }
 }

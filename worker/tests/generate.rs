@@ -52,7 +52,7 @@ fn one_line_of_json_describes_the_written_picture() {
     assert_eq!(report["concept_scores"].as_array().unwrap().len(), 17);
     assert_eq!(report["special_care_scores"].as_array().unwrap().len(), 3);
     assert!(report["has_nsfw_concept"].is_boolean());
-    for stage in ["load", "text_encoder", "denoise", "vae_decode", "safety_checker", "total"] {
+    for stage in ["load", "text_encoder", "denoise", "vae_decode", "to_host", "safety_checker", "total"] {
         assert!(report["seconds"][stage].as_f64().unwrap() > 0.0, "{stage}");
     }
     assert_eq!(report["scheduler"], "pndm");

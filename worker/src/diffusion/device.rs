@@ -143,6 +143,24 @@ fn limit_threads(threads: NonZeroUsize) {
     tch::set_num_threads(i32::try_from(threads.get()).unwrap_or(i32::MAX));
 }
 
+/// The CUDA runtime that [`CUDA_LIBRARY`] brings along.
+const CUDA_RUNTIME: &str = "libcudart.so.13";
+
+/// Bytes in use on the current GPU, by all processes: libtorch keeps what it took, so after some calls this is their
+/// peak, if nothing else uses the GPU. `None` where the CUDA runtime is not open or does not answer.
+pub fn device_memory_in_use() -> Option<u64> {
+    type MemGetInfo = unsafe extern "C" fn(free: *mut usize, total: *mut usize) -> i32;
+    let (mut free, mut total) = (0, 0);
+    // SAFETY: the library is open already or is opened for good; the signature is the CUDA runtime's own, and both
+    // pointers are to numbers of ours.
+    let status = unsafe {
+        let library = std::mem::ManuallyDrop::new(Library::open(Some(CUDA_RUNTIME), RTLD_NOW).ok()?);
+        let mem_get_info = library.get::<MemGetInfo>(b"cudaMemGetInfo\0").ok()?;
+        mem_get_info(&raw mut free, &raw mut total)
+    };
+    (status == 0).then(|| (total - free) as u64)
+}
+
 /// Opens libtorch's CUDA half once in the process and never closes it: closing would unmap kernels that libtorch's
 /// registry still points to.
 pub fn open_cuda_libraries() -> Result<(), DeviceError> {

@@ -1,5 +1,5 @@
 //! A component's weights: one memory-mapped safetensors file, handed out tensor by tensor under the names and shapes
-//! that the model asks for.
+//! that the model asks for; or, for benchmarks, numbers drawn on the spot ([`super::drawn_weights`]).
 //!
 //! The file is never read whole: each tensor is copied from the map, converted to the compute dtype and put on the
 //! device, and the pages behind it can be dropped. A tensor that is missing or has another shape does not stop the
@@ -19,21 +19,29 @@ use safetensors::tensor::{Dtype, TensorInfo};
 use tch::{Device, Kind, TchError, Tensor};
 
 use super::device::ComputeDtype;
+use super::drawn_weights::{DrawnTensor, DrawnWeights};
 use super::load_error::Fault;
 
 /// How many bytes of a safetensors file give the header's length (the format's definition).
 const HEADER_LENGTH_BYTES: usize = 8;
 
-/// A memory-mapped safetensors file and what became of its tensors.
+/// A source of weights and what became of its tensors.
 #[derive(Debug)]
 pub struct WeightFile {
     file: String,
-    map: Mmap,
-    data_start: usize,
-    entries: BTreeMap<String, Entry>,
+    source: Source,
     kind: Kind,
     device: Device,
     faults: RefCell<Vec<Fault>>,
+}
+
+/// Where the numbers come from.
+#[derive(Debug)]
+enum Source {
+    /// A memory-mapped safetensors file.
+    Mapped { map: Mmap, data_start: usize, entries: BTreeMap<String, Entry> },
+    /// A seed; remembers what was asked for.
+    Drawn { weights: DrawnWeights, asked_for: RefCell<Vec<DrawnTensor>> },
 }
 
 /// One tensor in the file.
@@ -101,13 +109,31 @@ impl WeightFile {
         }
         Ok(Self {
             file: file.to_owned(),
-            data_start: HEADER_LENGTH_BYTES + header_length,
-            map,
-            entries,
+            source: Source::Mapped { map, data_start: HEADER_LENGTH_BYTES + header_length, entries },
             kind,
             device,
             faults: RefCell::new(faults),
         })
+    }
+
+    /// Weights of whatever names and shapes the model asks for, drawn from a seed.
+    pub fn drawn(component: &str, seed: u64, dtype: ComputeDtype, device: Device) -> Self {
+        let weights = DrawnWeights::new(component, seed);
+        Self {
+            file: component.to_owned(),
+            source: Source::Drawn { weights, asked_for: RefCell::default() },
+            kind: dtype.to_tch(),
+            device,
+            faults: RefCell::default(),
+        }
+    }
+
+    /// What the model asked for so far, in that order, if the weights are drawn.
+    pub fn asked_for(&self) -> Vec<DrawnTensor> {
+        match &self.source {
+            Source::Mapped { .. } => Vec::new(),
+            Source::Drawn { asked_for, .. } => asked_for.borrow().clone(),
+        }
     }
 
     /// The top of the file's name tree.
@@ -118,7 +144,8 @@ impl WeightFile {
     /// What was wrong: tensors that were missing or misshapen when asked for, then those that nobody asked for.
     pub fn into_faults(self) -> Vec<Fault> {
         let mut faults = self.faults.into_inner();
-        let unused = self.entries.into_values().filter(|entry| !entry.used.get());
+        let Source::Mapped { entries, .. } = self.source else { return faults };
+        let unused = entries.into_values().filter(|entry| !entry.used.get());
         faults
             .extend(unused.map(|entry| Fault::UnexpectedKey { file: self.file.clone(), key: entry.spelled }));
         faults
@@ -127,7 +154,15 @@ impl WeightFile {
     /// The tensor of this name and shape, in the compute dtype and on the device.
     fn tensor(&self, name: &str, shape: &[i64]) -> Result<Tensor, Fault> {
         let (file, key) = (self.file.clone(), name.to_owned());
-        let Some(entry) = self.entries.get(name) else {
+        let (map, data_start, entries) = match &self.source {
+            Source::Mapped { map, data_start, entries } => (map, *data_start, entries),
+            Source::Drawn { weights, asked_for } => {
+                asked_for.borrow_mut().push(DrawnTensor { name: key.clone(), shape: shape.to_vec() });
+                let drawn = weights.tensor(name, shape).and_then(|tensor| self.place(&tensor));
+                return drawn.map_err(|error| Fault::Tensor { file, key, error });
+            }
+        };
+        let Some(entry) = entries.get(name) else {
             return Err(Fault::MissingKey { file, key, expected: shape.to_vec() });
         };
         entry.used.set(true);
@@ -138,15 +173,17 @@ impl WeightFile {
         let Some(kind) = float_kind(entry.info.dtype) else {
             return Err(Fault::WrongDtype { file, key, found: format!("{:?}", entry.info.dtype) });
         };
-        self.copy(entry, shape, kind).map_err(|error| Fault::Tensor { file, key, error })
+        // The parser has checked that the bytes lie within the file and are as many as shape and dtype say.
+        let (start, end) = entry.info.data_offsets;
+        let bytes = &map[data_start + start..data_start + end];
+        Tensor::f_from_data_size(bytes, shape, kind)
+            .and_then(|tensor| self.place(&tensor))
+            .map_err(|error| Fault::Tensor { file, key, error })
     }
 
-    /// Copies an entry's bytes out of the map. The parser has checked that they lie within the file and are as many as
-    /// shape and dtype say.
-    fn copy(&self, entry: &Entry, shape: &[i64], kind: Kind) -> Result<Tensor, TchError> {
-        let (start, end) = entry.info.data_offsets;
-        let bytes = &self.map[self.data_start + start..self.data_start + end];
-        Tensor::f_from_data_size(bytes, shape, kind)?.f_to_device_(self.device, self.kind, false, false)
+    /// The tensor in the compute dtype and on the device.
+    fn place(&self, tensor: &Tensor) -> Result<Tensor, TchError> {
+        tensor.f_to_device_(self.device, self.kind, false, false)
     }
 }
 

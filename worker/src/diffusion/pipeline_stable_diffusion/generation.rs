@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use tch::{Kind, TchError, Tensor};
+use tch::{Device, Kind, TchError, Tensor};
 
 use super::super::clip_tokenizer::TokenizeError;
 use super::super::device::ComputeDtype;
@@ -101,6 +101,15 @@ pub struct StepProgress<'a> {
     pub latents: &'a [&'a Tensor],
 }
 
+impl StepProgress<'_> {
+    /// Each picture's latents in f32, row by row, for a caller that keeps them.
+    pub fn latents_f32(&self) -> Result<Vec<Vec<f32>>, TchError> {
+        let flat =
+            |latents: &&Tensor| latents.f_to_kind(Kind::Float)?.f_to_device(Device::Cpu)?.f_flatten(0, -1);
+        self.latents.iter().map(|latents| Vec::try_from(flat(latents)?)).collect()
+    }
+}
+
 /// What to do after a denoising step.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum StepControl {
@@ -149,8 +158,10 @@ pub struct StageSeconds {
     pub text_encoder: f64,
     /// UNet and noise scheduler.
     pub denoise: f64,
-    /// Latents to pixels.
+    /// Latents to an image.
     pub vae_decode: f64,
+    /// The image to bytes, and those to this side.
+    pub to_host: f64,
     /// Feature extractor and safety checker.
     pub safety_checker: f64,
 }

@@ -10,6 +10,7 @@ use super::super::clip_image_processor::CLIPImageProcessor;
 use super::super::clip_tokenizer::CLIPTokenizer;
 use super::super::config::{ConfigFile, read_text};
 use super::super::device::{ComputeDevice, ComputeDtype};
+use super::super::drawn_weights::{DrawnTensor, DrawnWeights};
 use super::super::load_error::{Fault, LoadError};
 use super::super::models::autoencoder_kl::{AutoencoderKL, AutoencoderKLConfig};
 use super::super::models::clip_text_model::{CLIPTextConfig, CLIPTextModel};
@@ -54,10 +55,22 @@ const COMPONENTS: [(&str, &[&str], bool); 7] = [
     ),
 ];
 
+/// Where the weights come from.
+#[derive(Debug, Clone, Copy)]
+enum WeightSource {
+    /// The checkpoint's files.
+    Files,
+    /// This seed.
+    Drawn(u64),
+}
+
 /// A checkpoint being read, with the faults found so far.
 struct Loading<'d> {
     directory: &'d Path,
     options: LoadOptions,
+    source: WeightSource,
+    /// The tensors of each component, if they are drawn.
+    drawn: Vec<(&'static str, &'static str, Vec<DrawnTensor>)>,
     faults: Vec<Fault>,
 }
 
@@ -66,27 +79,57 @@ impl StableDiffusionPipeline {
     ///
     /// For a GPU, `options.device.open()` must have been the process's first use of libtorch; it is repeated here.
     pub fn from_pretrained(directory: &Path, options: &LoadOptions) -> Result<Self, LoadError> {
-        let failed = |faults| LoadError { directory: directory.to_owned(), faults };
-        options.device.open().map_err(|error| failed(vec![error.into()]))?;
-        let start = Instant::now();
-        let _no_grad = tch::no_grad_guard();
-        let mut loading = Loading { directory, options: *options, faults: Vec::new() };
-        let pipeline = loading.load();
-        match pipeline {
-            Some(pipeline) if loading.faults.is_empty() => {
-                let seconds = start.elapsed().as_secs_f64();
-                tracing::info!(
-                    checkpoint = %directory.display(), device = %options.device, dtype = %options.dtype, seconds,
-                    "Loaded the checkpoint"
-                );
-                Ok(pipeline)
-            }
-            _ => Err(failed(loading.faults)),
+        Loading::new(directory, *options, WeightSource::Files).run().map(|(pipeline, _)| pipeline)
+    }
+
+    /// As [`Self::from_pretrained`] of a checkpoint whose JSON and tokenizer are in `directory` and whose weights are
+    /// drawn from `seed` (see [`super::super::drawn_weights`]).
+    pub fn with_drawn_weights(directory: &Path, options: &LoadOptions, seed: u64) -> Result<Self, LoadError> {
+        Loading::new(directory, *options, WeightSource::Drawn(seed)).run().map(|(pipeline, _)| pipeline)
+    }
+
+    /// Writes the weights of [`Self::with_drawn_weights`] into `directory`, in f32, so that it becomes a checkpoint that
+    /// every program can read. The VAE has its decoder only. The model is built once, on the CPU, to learn its names.
+    pub fn save_drawn_weights(directory: &Path, seed: u64) -> Result<(), LoadError> {
+        let options = LoadOptions { device: ComputeDevice::Cpu, dtype: ComputeDtype::F32 };
+        let (_, drawn) = Loading::new(directory, options, WeightSource::Drawn(seed)).run()?;
+        for (component, stem, tensors) in drawn {
+            let file = format!("{component}/{stem}.safetensors");
+            DrawnWeights::new(component, seed).save(&tensors, &directory.join(&file)).map_err(|error| {
+                let faults = vec![Fault::Safetensors { file, reason: error.to_string() }];
+                LoadError { directory: directory.to_owned(), faults }
+            })?;
         }
+        Ok(())
     }
 }
 
-impl Loading<'_> {
+impl<'d> Loading<'d> {
+    fn new(directory: &'d Path, options: LoadOptions, source: WeightSource) -> Self {
+        Self { directory, options, source, drawn: Vec::new(), faults: Vec::new() }
+    }
+
+    /// The pipeline, and what was drawn for it.
+    fn run(
+        mut self,
+    ) -> Result<(StableDiffusionPipeline, Vec<(&'static str, &'static str, Vec<DrawnTensor>)>), LoadError>
+    {
+        let failed = |faults| LoadError { directory: self.directory.to_owned(), faults };
+        self.options.device.open().map_err(|error| failed(vec![error.into()]))?;
+        let start = Instant::now();
+        let _no_grad = tch::no_grad_guard();
+        let pipeline = self.load();
+        match pipeline {
+            Some(pipeline) if self.faults.is_empty() => {
+                let LoadOptions { device, dtype } = self.options;
+                let (checkpoint, seconds) = (self.directory.display(), start.elapsed().as_secs_f64());
+                tracing::info!(%checkpoint, %device, %dtype, seconds, "Loaded the checkpoint");
+                Ok((pipeline, self.drawn))
+            }
+            _ => Err(LoadError { directory: self.directory.to_owned(), faults: self.faults }),
+        }
+    }
+
     /// The pipeline, if every component could be made; there may be faults even so.
     fn load(&mut self) -> Option<StableDiffusionPipeline> {
         let has_safety_checker = self.read_model_index()?;
@@ -239,18 +282,27 @@ impl Loading<'_> {
     /// A component's weights in its model. Without a config the file is still opened, so that its faults are known.
     fn model<C, M>(
         &mut self,
-        component: &str,
-        stem: &str,
+        component: &'static str,
+        stem: &'static str,
         rename: fn(&str) -> Option<String>,
         config: Option<&C>,
         load: impl FnOnce(&Weights<'_>, &C) -> Result<M, TchError>,
     ) -> Option<M> {
         let LoadOptions { device, dtype } = self.options;
-        let file = match WeightFile::open(self.directory, component, stem, dtype, device.to_tch(), rename) {
+        let file = match self.source {
+            WeightSource::Files => {
+                WeightFile::open(self.directory, component, stem, dtype, device.to_tch(), rename)
+            }
+            WeightSource::Drawn(seed) => Ok(WeightFile::drawn(component, seed, dtype, device.to_tch())),
+        };
+        let file = match file {
             Ok(file) => file,
             Err(fault) => return self.note(vec![fault]),
         };
         let model = load(&file.root(), config?);
+        if matches!(self.source, WeightSource::Drawn(_)) {
+            self.drawn.push((component, stem, file.asked_for()));
+        }
         self.faults.extend(file.into_faults());
         match model {
             Ok(model) => Some(model),

@@ -1,0 +1,289 @@
+//! What was measured, for people and for programs.
+
+use std::fmt::Write as _;
+use std::path::Path;
+
+use serde::Serialize;
+
+use super::measure::{Bench, Call};
+use super::{BenchArgs, memory};
+use crate::diffusion::config::ConfigFile;
+use crate::diffusion::device::device_memory_in_use;
+use crate::diffusion::load_error::{Fault, LoadError};
+use crate::diffusion::models::autoencoder_kl::AutoencoderKLConfig;
+use crate::diffusion::models::clip_text_model::CLIPTextConfig;
+use crate::diffusion::models::unet_2d_config::UNet2DConditionConfig;
+use crate::diffusion::safety_checker::SafetyCheckerConfig;
+use crate::diffusion::{ComputeDevice, GenerationParameters};
+
+/// Operations in 10¹² of them.
+const TERA: f64 = 1e12;
+
+/// The whole result.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    /// The program's.
+    version: &'static str,
+    /// `tiny`, `small` or `full`, or a checkpoint's folder.
+    model: String,
+    device: String,
+    cpu_threads: usize,
+    scheduler: String,
+    num_inference_steps: usize,
+    guidance_scale: f64,
+    width: u32,
+    height: u32,
+    peak_tflops: Option<f64>,
+    /// What one picture takes.
+    flops: Option<PictureFlops>,
+    /// One for each dtype and batch size.
+    pub runs: Vec<Run>,
+    #[serde(skip)]
+    configs: Configs,
+}
+
+/// Floating-point operations that one picture takes if nothing is computed twice; its negative prompt is encoded once a
+/// process and not counted.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct PictureFlops {
+    /// One prompt.
+    text_encoder: i64,
+    /// One sample, once.
+    unet_forward: i64,
+    /// One sample.
+    vae_decode: i64,
+    /// One picture; 0 without a checker.
+    safety_checker: i64,
+}
+
+/// What the operations are counted from.
+#[derive(Debug)]
+struct Configs {
+    text: CLIPTextConfig,
+    unet: UNet2DConditionConfig,
+    vae: AutoencoderKLConfig,
+    safety: Option<SafetyCheckerConfig>,
+}
+
+/// The measured calls of one dtype and batch size.
+#[derive(Debug, Serialize)]
+pub struct Run {
+    dtype: String,
+    batch_size: usize,
+    /// Making or reading the model; the same for all batch sizes of a dtype.
+    load_seconds: f64,
+    calls: usize,
+    /// Of one call.
+    seconds: Spread,
+    cpu_seconds: Spread,
+    stages: StageSpreads,
+    /// By the median.
+    images_per_second: f64,
+    /// Useful operations only, by the median.
+    tflops_per_second: f64,
+    /// Of `peak_tflops`, 1 being all of it.
+    share_of_peak: Option<f64>,
+    /// On this side, during the measured calls.
+    peak_resident_bytes: Option<u64>,
+    /// On the GPU, all that the process holds there.
+    device_bytes: Option<u64>,
+}
+
+/// The stages of a call, in seconds.
+#[derive(Debug, Serialize)]
+struct StageSpreads {
+    text_encoder: Spread,
+    denoise: Spread,
+    vae_decode: Spread,
+    to_host: Spread,
+    safety_checker: Spread,
+}
+
+/// Middle and ends of several measurements.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+struct Spread {
+    median: f64,
+    min: f64,
+    max: f64,
+}
+
+impl Spread {
+    /// Of at least one number.
+    fn of(calls: &[Call], value: impl Fn(&Call) -> f64) -> Self {
+        let mut values: Vec<f64> = calls.iter().map(value).collect();
+        values.sort_by(f64::total_cmp);
+        let last = values.len() - 1;
+        // Of an even number, the mean of the two in the middle.
+        let median = f64::midpoint(values[last / 2], values[last.div_ceil(2)]);
+        Self { median, min: values[0], max: values[last] }
+    }
+}
+
+impl Configs {
+    fn read(folder: &Path) -> Result<Self, LoadError> {
+        fn one<C>(
+            folder: &Path,
+            file: &str,
+            read: fn(ConfigFile) -> Result<C, Vec<Fault>>,
+        ) -> Result<C, LoadError> {
+            ConfigFile::read(folder, file)
+                .map_err(|fault| vec![fault])
+                .and_then(read)
+                .map_err(|faults| LoadError { directory: folder.to_owned(), faults })
+        }
+        let safety = "safety_checker/config.json";
+        Ok(Self {
+            text: one(folder, "text_encoder/config.json", CLIPTextConfig::read)?,
+            unet: one(folder, "unet/config.json", UNet2DConditionConfig::read)?,
+            vae: one(folder, "vae/config.json", AutoencoderKLConfig::read)?,
+            safety: match folder.join(safety).exists() {
+                true => Some(one(folder, safety, SafetyCheckerConfig::read)?),
+                false => None,
+            },
+        })
+    }
+}
+
+impl PictureFlops {
+    /// All operations of a picture whose UNet is called `num_steps` times, twice as often with guidance.
+    fn per_picture(&self, num_steps: usize, guided: bool) -> f64 {
+        let samples = num_steps * if guided { 2 } else { 1 };
+        let rest = self.text_encoder + self.vae_decode + self.safety_checker;
+        rest as f64 + self.unet_forward as f64 * samples as f64
+    }
+}
+
+impl Report {
+    /// An empty report on the checkpoint in `folder`.
+    pub fn new(args: &BenchArgs, folder: &Path) -> anyhow::Result<Self> {
+        let model = args.model.as_ref().map(|model| model.display().to_string());
+        Ok(Self {
+            version: env!("CARGO_PKG_VERSION"),
+            model: model.unwrap_or_else(|| args.size.to_string()),
+            device: args.device.to_string(),
+            cpu_threads: args.cpu_threads.get(),
+            scheduler: args.scheduler.to_string(),
+            num_inference_steps: args.num_inference_steps,
+            guidance_scale: args.guidance_scale,
+            width: 0,
+            height: 0,
+            peak_tflops: args.peak_tflops,
+            flops: None,
+            runs: Vec::new(),
+            configs: Configs::read(folder)?,
+        })
+    }
+
+    /// Notes the pictures' size; what one of them takes.
+    pub fn set_size(&mut self, parameters: &GenerationParameters) -> anyhow::Result<PictureFlops> {
+        (self.width, self.height) = (parameters.width, parameters.height);
+        let Configs { text, unet, vae, safety } = &self.configs;
+        let cells = |pixels: u32| i64::from(pixels) / vae.vae_scale_factor();
+        let (height, width) = (cells(parameters.height), cells(parameters.width));
+        let flops = PictureFlops {
+            text_encoder: text.forward_flops(),
+            unet_forward: unet.forward_flops(height, width, text.max_position_embeddings),
+            vae_decode: vae.decode_flops(height, width),
+            safety_checker: safety.map_or(0, |safety| safety.forward_flops()),
+        };
+        self.flops = Some(flops);
+        Ok(flops)
+    }
+
+    /// For people: a line of settings, then one for each run.
+    pub fn to_table(&self) -> String {
+        let Self { model, device, width, height, num_inference_steps, scheduler, guidance_scale, .. } = self;
+        let mut table = format!(
+            "{model}, {device}, {width}x{height}, {num_inference_steps} {scheduler} steps, guidance {guidance_scale}\n"
+        );
+        let mut row = |cells: [&str; 11]| {
+            let [dtype, batch, cells @ ..] = cells;
+            let _ = write!(table, "{dtype:<5} {batch:>5}");
+            for cell in cells {
+                let _ = write!(table, " {cell:>9}");
+            }
+            table.push('\n');
+        };
+        row([
+            "dtype", "batch", "s/call", "(min", "max)", "images/s", "TFLOP/s", "of peak", "denoise",
+            "decode", "MiB",
+        ]);
+        let seconds = |seconds: f64| format!("{seconds:.3}");
+        for run in &self.runs {
+            let bytes = run.device_bytes.or(run.peak_resident_bytes);
+            row([
+                &run.dtype,
+                &run.batch_size.to_string(),
+                &seconds(run.seconds.median),
+                &seconds(run.seconds.min),
+                &seconds(run.seconds.max),
+                &format!("{:.4}", run.images_per_second),
+                &format!("{:.4}", run.tflops_per_second),
+                &run.share_of_peak.map_or("-".to_owned(), |share| format!("{:.1} %", share * 100.0)),
+                &seconds(run.stages.denoise.median),
+                &seconds(run.stages.vae_decode.median),
+                &bytes.map_or("-".to_owned(), |bytes| (bytes >> 20).to_string()),
+            ]);
+        }
+        table.pop();
+        table
+    }
+}
+
+impl Run {
+    /// `calls` is not empty.
+    pub fn new(
+        bench: &Bench<'_>,
+        calls: &[Call],
+        flops: PictureFlops,
+        load_seconds: f64,
+        peak_tflops: Option<f64>,
+    ) -> Self {
+        let seconds = Spread::of(calls, |call| call.seconds);
+        let images_per_second = bench.batch_size() as f64 / seconds.median;
+        let per_picture = flops.per_picture(calls[0].num_steps, bench.is_guided());
+        let tflops_per_second = images_per_second * per_picture / TERA;
+        let stage = |value: fn(&Call) -> f64| Spread::of(calls, value);
+        Self {
+            dtype: bench.dtype().to_string(),
+            batch_size: bench.batch_size(),
+            load_seconds,
+            calls: calls.len(),
+            seconds,
+            cpu_seconds: Spread::of(calls, |call| call.cpu_seconds),
+            stages: StageSpreads {
+                text_encoder: stage(|call| call.stages.text_encoder),
+                denoise: stage(|call| call.stages.denoise),
+                vae_decode: stage(|call| call.stages.vae_decode),
+                to_host: stage(|call| call.stages.to_host),
+                safety_checker: stage(|call| call.stages.safety_checker),
+            },
+            images_per_second,
+            tflops_per_second,
+            share_of_peak: peak_tflops.map(|peak| tflops_per_second / peak),
+            peak_resident_bytes: memory::peak_resident_bytes(),
+            device_bytes: match bench.device() {
+                ComputeDevice::Cpu => None,
+                ComputeDevice::Cuda(_) => device_memory_in_use(),
+            },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The arithmetic of the research notes: 51 calls for two samples, and 84.62 TFLOP in all.
+    #[test]
+    fn a_picture_of_v1_takes_84_62_tflop() {
+        let flops = PictureFlops {
+            text_encoder: 13_300_000_000,
+            unet_forward: 803_273_441_000,
+            vae_decode: 2_514_500_000_000,
+            safety_checker: 162_000_000_000,
+        };
+        assert_eq!(format!("{:.2}", flops.per_picture(51, true) / TERA), "84.62");
+        assert_eq!(format!("{:.2}", flops.per_picture(51, false) / TERA), "43.66");
+    }
+}
