@@ -1,7 +1,7 @@
 # Each target is a line or two; what is long lives in deploy/ and demo/.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help deps build demo test chaos load guards bench-fleet clean
+.PHONY: help deps build demo test bench bench-fleet chaos load guards clean
 
 help: ## What there is to make
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -17,6 +17,9 @@ demo: build ## Prompts in, pictures out, on this machine, with a contact sheet t
 
 test: deps ## Everything that CI runs
 	@deploy/run-tests.sh
+
+bench: build ## The model's speed on this machine, beside diffusers if PYTHON (python3) has it
+	@bench/run.sh
 
 chaos: build ## Ten minutes of faults under load (CHAOS_SECONDS, CHAOS_SEED), then the promises are checked
 	@target/release/chaos

@@ -35,6 +35,9 @@ pub struct BenchArgs {
     /// Write the model to this folder, then measure it from there: other programs can load the same weights.
     #[arg(long, value_name = "DIR", conflicts_with = "model")]
     pub save_model: Option<PathBuf>,
+    /// Write the model and measure nothing.
+    #[arg(long, requires = "save_model")]
+    pub save_only: bool,
     /// Seed of the weights.
     #[arg(long, default_value_t = 0, value_name = "SEED")]
     pub weights_seed: u64,
@@ -104,6 +107,9 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
     }
     if args.save_model.is_some() {
         StableDiffusionPipeline::save_drawn_weights(folder, args.weights_seed)?;
+        if args.save_only {
+            return Ok(());
+        }
     }
 
     let mut report = Report::new(args, folder)?;

@@ -28,6 +28,10 @@ pub struct Call {
     pub cpu_seconds: f64,
     /// Until the first denoising step was done.
     pub first_step_seconds: f64,
+    /// Until the last denoising step was done, by the wall clock.
+    pub denoised_seconds: f64,
+    /// The same in processor time.
+    pub denoised_cpu_seconds: f64,
     /// Where the wall clock's time went.
     pub stages: StageSeconds,
     /// Steps taken, which are calls of the UNet.
@@ -89,18 +93,20 @@ impl<'p> Bench<'p> {
     /// Makes the pictures once.
     pub fn call(&self) -> anyhow::Result<Call> {
         let (start, cpu_start) = (Instant::now(), cpu_seconds());
-        let mut first_step_seconds = None;
+        let elapsed = || (start.elapsed().as_secs_f64(), cpu_seconds() - cpu_start);
+        let (mut first_step_seconds, mut denoised) = (None, (0.0, 0.0));
         let mut num_steps = 0;
         let mut latents = Ok(Vec::new());
         let generation = self.pipeline.generate(&self.requests, &self.parameters, &mut |progress| {
-            first_step_seconds.get_or_insert_with(|| start.elapsed().as_secs_f64());
+            first_step_seconds.get_or_insert_with(|| elapsed().0);
             num_steps = progress.num_steps;
             if progress.step_index + 1 == progress.num_steps {
                 latents = progress.latents_f32();
+                denoised = elapsed();
             }
             StepControl::Continue
         })?;
-        let (seconds, cpu_seconds) = (start.elapsed().as_secs_f64(), cpu_seconds() - cpu_start);
+        let (seconds, cpu_seconds) = elapsed();
         let pixels = generation
             .images
             .into_iter()
@@ -111,6 +117,8 @@ impl<'p> Bench<'p> {
             seconds,
             cpu_seconds,
             first_step_seconds: first_step_seconds.unwrap_or(seconds),
+            denoised_seconds: denoised.0,
+            denoised_cpu_seconds: denoised.1,
             stages: generation.seconds,
             num_steps,
             outputs: self.outputs(&latents?, &pixels),

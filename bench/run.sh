@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# Measures the model on this machine, first alone, then beside diffusers. No network: the weights are drawn here.
+#
+#   bench/run.sh                          CPU, tiny and small models: what `make bench` runs
+#   SIZES=full STEPS=1 bench/run.sh       one full-size step on the CPU
+#   DEVICE=cuda bench/run.sh              a GPU: full size, 50 steps, f16 and bf16, batch sizes 1 to 66
+#
+# Needs the built binary (BINARY, or target/release) and a Python with worker/tests/golden/requirements.txt and psutil
+# (PYTHON). On a GPU machine the wheels' own libraries serve our binary too: see worker/src/diffusion/device.rs.
+# Results: bench/out/*.json (OUT).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+BINARY=${BINARY:-target/release/darkroom-worker}
+PYTHON=${PYTHON:-python3}
+DEVICE=${DEVICE:-cpu}
+OUT=${OUT:-bench/out}
+MODELS=${MODELS:-$OUT/models}
+if [[ $DEVICE == cuda* ]]; then
+  SIZES=${SIZES:-full} STEPS=${STEPS:-50} DTYPES=${DTYPES:-f16,bf16} ROUNDS=${ROUNDS:-5}
+  BATCH_SIZES=${BATCH_SIZES:-1,4,8,16,32,33,64,66}
+  # Ours opens the CUDA half of the very libtorch that Python has.
+  LD_LIBRARY_PATH=$("$PYTHON" -c 'import os, torch; print(os.path.join(os.path.dirname(torch.__file__), "lib"))')
+  export LD_LIBRARY_PATH
+  # Clocks, power and memory of the whole time, to tell a throttled run from a good one.
+  mkdir -p "$OUT"
+  nvidia-smi --query-gpu=timestamp,name,driver_version,clocks.sm,power.draw,temperature.gpu,memory.used \
+    --format=csv --loop=1 >"$OUT/gpu.csv" &
+  trap 'kill $!' EXIT
+else
+  SIZES=${SIZES:-tiny small} STEPS=${STEPS:-10} DTYPES=${DTYPES:-f32} ROUNDS=${ROUNDS:-5} BATCH_SIZES=${BATCH_SIZES:-1}
+fi
+[ -x "$BINARY" ] || { echo "bench: there is no $BINARY; build it first, or set BINARY" >&2; exit 1; }
+mkdir -p "$OUT" "$MODELS"
+
+for size in $SIZES; do
+  "$BINARY" --log warn bench --size "$size" --device "$DEVICE" --dtypes "$DTYPES" --batch-sizes "$BATCH_SIZES" \
+    --num-inference-steps "$STEPS" --repeats "$ROUNDS" --json >"$OUT/$size-$DEVICE.json"
+  echo "bench: wrote $OUT/$size-$DEVICE.json"
+  "$PYTHON" -c 'import diffusers' 2>/dev/null || { echo "bench: $PYTHON has no diffusers, nothing to compare with"; continue; }
+  for dtype in ${DTYPES//,/ }; do
+    for batch_size in ${BATCH_SIZES//,/ }; do
+      echo "bench: $size, $dtype, batch size $batch_size"
+      "$PYTHON" bench/compare.py --binary "$BINARY" --model "$MODELS/$size" --size "$size" --device "$DEVICE" \
+        --dtype "$dtype" --batch-size "$batch_size" --steps "$STEPS" --rounds "$ROUNDS" \
+        --json "$OUT/compare-$size-$DEVICE-$dtype-$batch_size.json"
+    done
+  done
+done
