@@ -12,15 +12,15 @@ use golden::{
 use tch::{Device, Kind, Tensor};
 use worker::diffusion::clip_image_processor::{CLIPImageProcessor, RgbPixels};
 use worker::diffusion::config::ConfigFile;
-use worker::diffusion::models::attention::{Attention, BasicTransformerBlock};
+use worker::diffusion::models::attention::{BasicTransformerBlock, CrossAttention};
 use worker::diffusion::models::autoencoder_kl::{AutoencoderKL, AutoencoderKLConfig};
 use worker::diffusion::models::clip_text_model::{CLIPTextConfig, CLIPTextModel};
 use worker::diffusion::models::embeddings::{TimestepEmbedding, Timesteps};
 use worker::diffusion::models::resnet::{Downsample2D, ResnetBlock2D, ResnetConfig, Upsample2D};
 use worker::diffusion::models::transformer_2d::{Transformer2DConfig, Transformer2DModel};
 use worker::diffusion::models::unet_2d_blocks::{
-    CrossAttnDownBlock2D, CrossAttnUpBlock2D, DownBlock2D, DownBlockConfig, UNetMidBlock2D,
-    UNetMidBlock2DCrossAttn, UpBlock2D, UpBlockConfig, UpDecoderBlock2D,
+    CrossAttnDownBlock2D, CrossAttnUpBlock2D, DownBlock, DownBlock2D, DownBlockConfig, UNetMidBlock2D,
+    UNetMidBlock2DCrossAttn, UpBlock, UpBlock2D, UpBlockConfig, UpDecoderBlock2D,
 };
 use worker::diffusion::models::unet_2d_condition::UNet2DConditionModel;
 use worker::diffusion::models::unet_2d_config::UNet2DConditionConfig;
@@ -61,7 +61,6 @@ fn blocks_give_the_slices_that_diffusers_publishes() {
     let hidden_states = generator.randn(&[4, 32, 32, 32], Kind::Float).unwrap();
     let temb = &generator.randn(&[4, 128], Kind::Float).unwrap().silu();
     let residual = Generator::new(1).randn(&[4, 32, 32, 32], Kind::Float).unwrap();
-    let residuals = || vec![residual.shallow_clone()];
     let skipped = &mut Vec::new();
 
     let mut compared = 0;
@@ -74,24 +73,48 @@ fn blocks_give_the_slices_that_diffusers_publishes() {
     };
     let block = |name: &str| file.root() / name / "weights";
 
+    // Each picture has its own time embedding here, and the model has one for all: a picture at a time.
+    let picture = |i: i64, tensor: &Tensor| tensor.narrow(0, i, 1);
+    let of_each = |forward: &mut dyn FnMut(i64) -> Tensor| Tensor::cat(&[0, 1, 2, 3].map(forward), 0);
     let name = "DownBlock2D";
-    let loaded = DownBlock2D::load(&block(name), &down);
-    compare(name, loaded.forward(&hidden_states, temb, skipped).unwrap());
+    let loaded = DownBlock::Plain(DownBlock2D::load(&block(name), &down));
+    let mut down_block = |loaded: &DownBlock| {
+        of_each(&mut |i| {
+            let time = loaded.time_biases(&picture(i, temb)).unwrap().remove(0);
+            loaded.forward(&picture(i, &hidden_states), &time, &[], skipped).unwrap()
+        })
+    };
+    compare(name, down_block(&loaded));
     let name = "CrossAttnDownBlock2D";
-    let loaded = CrossAttnDownBlock2D::load(&block(name), &down, &transformer);
-    compare(name, loaded.forward(&hidden_states, temb, None, skipped).unwrap());
+    let loaded = DownBlock::CrossAttn(CrossAttnDownBlock2D::load(&block(name), &down, &transformer));
+    compare(name, down_block(&loaded));
     let name = "UNetMidBlock2D";
     let loaded = UNetMidBlock2D::load(&block(name), 32, &resnet, Some(32));
-    compare(name, loaded.forward(&hidden_states, Some(temb)).unwrap());
+    let mid_block = of_each(&mut |i| {
+        let time = loaded.time_biases(&picture(i, temb)).unwrap().remove(0);
+        loaded.forward(&picture(i, &hidden_states), &time).unwrap()
+    });
+    compare(name, mid_block);
     let name = "UNetMidBlock2DCrossAttn";
     let loaded = UNetMidBlock2DCrossAttn::load(&block(name), 32, &resnet, &transformer);
-    compare(name, loaded.forward(&hidden_states, temb, None).unwrap());
+    let mid_block = of_each(&mut |i| {
+        let time = loaded.time_biases(&picture(i, temb)).unwrap().remove(0);
+        loaded.forward(&picture(i, &hidden_states), &time, &[]).unwrap()
+    });
+    compare(name, mid_block);
+    let up_block = |loaded: &UpBlock| {
+        of_each(&mut |i| {
+            let time = loaded.time_biases(&picture(i, temb)).unwrap().remove(0);
+            let residuals = vec![picture(i, &residual)];
+            loaded.forward(&picture(i, &hidden_states), &time, residuals, &[], None).unwrap()
+        })
+    };
     let name = "UpBlock2D";
-    let loaded = UpBlock2D::load(&block(name), &up);
-    compare(name, loaded.forward(&hidden_states, temb, residuals(), None).unwrap());
+    let loaded = UpBlock::Plain(UpBlock2D::load(&block(name), &up));
+    compare(name, up_block(&loaded));
     let name = "CrossAttnUpBlock2D";
-    let loaded = CrossAttnUpBlock2D::load(&block(name), &up, &transformer);
-    compare(name, loaded.forward(&hidden_states, temb, residuals(), None, None).unwrap());
+    let loaded = UpBlock::CrossAttn(CrossAttnUpBlock2D::load(&block(name), &up, &transformer));
+    compare(name, up_block(&loaded));
     let name = "UpDecoderBlock2D";
     let loaded = UpDecoderBlock2D::load(&block(name), 32, 32, 1, true, &without_temb);
     compare(name, loaded.forward(&hidden_states).unwrap());
@@ -128,21 +151,20 @@ fn timestep_embeddings_equal_diffusers() {
         let time_embedding =
             TimestepEmbedding::load(&embedding_weights, channels, unet_config.time_embed_dim);
         let timesteps = Vec::<f64>::try_from(expected["time_proj.timesteps"].to_kind(Kind::Double)).unwrap();
-        for (row, timestep) in timesteps.into_iter().enumerate() {
-            let row = row as i64;
-            let sinusoids = time_proj.forward(timestep).unwrap();
-            let name = format!("{checkpoint} at {timestep}");
-            assert_close(&name, &sinusoids, &expected["time_proj.out"].narrow(0, row, 1));
-            let embedded = time_embedding.forward(&sinusoids).unwrap();
-            assert_close(&name, &embedded, &expected["time_embedding.out"].narrow(0, row, 1));
-        }
+        let sinusoids = time_proj.forward(&timesteps).unwrap();
+        assert_close(checkpoint, &sinusoids, &expected["time_proj.out"]);
+        assert_close(
+            checkpoint,
+            &time_embedding.forward(&sinusoids).unwrap(),
+            &expected["time_embedding.out"],
+        );
     }
 }
 
 /// The numbers that the research notes took from diffusers at v1's width.
 #[test]
 fn the_timestep_embedding_of_v1_has_the_known_values() {
-    let sinusoids = Timesteps::new(320, true, 0.0, Device::Cpu).unwrap().forward(981.0).unwrap();
+    let sinusoids = Timesteps::new(320, true, 0.0, Device::Cpu).unwrap().forward(&[981.0]).unwrap();
     let values = Vec::<f32>::try_from(sinusoids.flatten(0, 1)).unwrap();
     let known: [(usize, [f32; 4]); 2] =
         [(0, [0.679957, -0.798429, 0.578064, -0.6747]), (160, [0.733252, 0.602089, 0.815991, 0.738092])];
@@ -163,14 +185,18 @@ fn unets_equal_diffusers_at_every_timestep_and_size() {
         let states = &expected["encoder_hidden_states"];
         let timesteps = Vec::<f64>::try_from(expected["output_timesteps"].to_kind(Kind::Double)).unwrap();
         assert!(timesteps.iter().any(|timestep| timestep.fract() != 0.0));
-        for (i, timestep) in timesteps.into_iter().enumerate() {
-            let output = unet.forward(&expected["sample"], timestep, states).unwrap();
+        let text = unet.project_text(states).unwrap();
+        let times = unet.embed_timesteps(&timesteps, Kind::Float).unwrap();
+        for (i, (timestep, time)) in timesteps.into_iter().zip(&times).enumerate() {
+            let output = unet.forward(&expected["sample"], time, &text).unwrap();
             assert_close(&format!("{checkpoint} at {timestep}"), &output, &expected[&format!("output.{i}")]);
         }
         // At 9×13 and 7×10 the up blocks must grow to the size of their skip connections.
+        let text = unet.project_text(&states.narrow(0, 0, 1)).unwrap();
+        let time = &unet.embed_timesteps(&[321.0], Kind::Float).unwrap()[0];
         for size in ["9x13", "7x10", "32x32"] {
             let sample = &expected[&format!("sample_{size}")];
-            let output = unet.forward(sample, 321.0, &states.narrow(0, 0, 1)).unwrap();
+            let output = unet.forward(sample, time, &text).unwrap();
             assert_close(&format!("{checkpoint} {size}"), &output, &expected[&format!("output_{size}")]);
         }
     }
@@ -215,8 +241,10 @@ fn parts_of_the_unet_equal_diffusers() {
     ];
     for (module, in_channels, out_channels) in resnets {
         let block = ResnetBlock2D::load(&at(module), in_channels, out_channels, &resnet);
-        let temb = input(module, "temb").silu();
-        compare(module, block.forward(input(module, "input_tensor"), Some(&temb)).unwrap());
+        // One step for all pictures: the rows of its embedding are alike.
+        let temb = input(module, "temb").silu().narrow(0, 0, 1);
+        let time_bias = &block.time_biases(&temb).unwrap()[0];
+        compare(module, block.forward(input(module, "input_tensor"), Some(time_bias)).unwrap());
     }
     let module = "down_blocks.0.downsamplers.0";
     let block = Downsample2D::load(&at(module), channels[0]);
@@ -227,16 +255,16 @@ fn parts_of_the_unet_equal_diffusers() {
 
     let module = "down_blocks.1.attentions.0";
     let block = Transformer2DModel::load(&at(module), channels[1], &transformer);
-    let states = Some(input(module, "encoder_hidden_states"));
-    compare(module, block.forward(input(module, "hidden_states"), states).unwrap());
+    let text = block.project_text(input(module, "encoder_hidden_states")).unwrap();
+    compare(module, block.forward(input(module, "hidden_states"), &text).unwrap());
     let module = "down_blocks.1.attentions.0.transformer_blocks.0";
     let block = BasicTransformerBlock::load(&at(module), channels[1], text_channels, heads);
-    let states = Some(input(module, "encoder_hidden_states"));
-    compare(module, block.forward(input(module, "hidden_states"), states).unwrap());
+    let text = block.project_text(input(module, "encoder_hidden_states")).unwrap();
+    compare(module, block.forward(input(module, "hidden_states"), Some(&text)).unwrap());
     let module = "down_blocks.1.attentions.0.transformer_blocks.0.attn2";
-    let block = Attention::load(&at(module), channels[1], text_channels, heads);
-    let states = Some(input(module, "encoder_hidden_states"));
-    compare(module, block.forward(input(module, "hidden_states"), states).unwrap());
+    let block = CrossAttention::load(&at(module), channels[1], text_channels, heads);
+    let text = block.project(input(module, "encoder_hidden_states")).unwrap();
+    compare(module, block.forward(input(module, "hidden_states"), &text).unwrap());
 }
 
 #[test]

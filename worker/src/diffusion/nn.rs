@@ -34,6 +34,36 @@ impl Linear {
         Self { weight: weights.tensor("weight", &[out_features, in_features]), bias: None }
     }
 
+    /// Layers of the same input and without biases as one layer, whose outputs follow each other.
+    pub fn stacked_without_bias(
+        weights: &Weights<'_>,
+        names: &[&str],
+        in_features: i64,
+        out_features: i64,
+    ) -> Self {
+        Self { weight: weights.stacked(names, "weight", &[out_features, in_features]), bias: None }
+    }
+
+    /// As [`Self::stacked_without_bias`], with biases.
+    pub fn stacked(weights: &Weights<'_>, names: &[&str], in_features: i64, out_features: i64) -> Self {
+        Self {
+            bias: Some(weights.stacked(names, "bias", &[out_features])),
+            ..Self::stacked_without_bias(weights, names, in_features, out_features)
+        }
+    }
+
+    /// The layers that make the first and the second half of the outputs, which are an even number.
+    pub fn halves(self) -> [Self; 2] {
+        let half = |tensor: &Tensor, index: i64| {
+            // An empty tensor stands for a fault that is recorded already.
+            if tensor.defined() { tensor.chunk(2, 0).swap_remove(index as usize) } else { Tensor::new() }
+        };
+        [0, 1].map(|index| Self {
+            weight: half(&self.weight, index),
+            bias: self.bias.as_ref().map(|bias| half(bias, index)),
+        })
+    }
+
     /// `(…, in_features)` to `(…, out_features)`.
     pub fn forward(&self, input: &Tensor) -> Result<Tensor, TchError> {
         input.f_linear(&self.weight, self.bias.as_ref())
@@ -67,8 +97,18 @@ impl Conv2d {
 
     /// `(batch_size, in_channels, height, width)` to `(batch_size, out_channels, height, width)`.
     pub fn forward(&self, input: &Tensor) -> Result<Tensor, TchError> {
+        self.forward_with_bias(input, &self.bias)
+    }
+
+    /// As [`Self::forward`], with another bias `(out_channels)` than the layer's own.
+    pub fn forward_with_bias(&self, input: &Tensor, bias: &Tensor) -> Result<Tensor, TchError> {
         let (stride, padding) = ([self.stride; 2], [self.padding; 2]);
-        input.f_conv2d(&self.weight, Some(&self.bias), stride, padding, [1, 1], 1)
+        input.f_conv2d(&self.weight, Some(bias), stride, padding, [1, 1], 1)
+    }
+
+    /// The layer's bias `(out_channels)`.
+    pub fn bias(&self) -> &Tensor {
+        &self.bias
     }
 }
 

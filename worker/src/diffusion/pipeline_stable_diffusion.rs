@@ -11,6 +11,7 @@ mod denoising;
 mod generation;
 mod loading;
 
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::time::Instant;
 
@@ -39,6 +40,9 @@ pub struct StableDiffusionPipeline {
     unet: UNet2DConditionModel,
     vae: AutoencoderKL,
     safety: Option<(CLIPImageProcessor, StableDiffusionSafetyChecker)>,
+    /// The negative prompt that was encoded last: most pictures of a process share one, the empty one. Written and read
+    /// by [`StableDiffusionPipeline::encode_prompts`] alone.
+    last_negative: RefCell<Option<(String, Encoded)>>,
     scheduler_config: SchedulerConfig,
     /// Default height and width of the latents.
     sample_size: (i64, i64),
@@ -118,14 +122,31 @@ impl StableDiffusionPipeline {
         requests: &'r [ImageRequest],
     ) -> Result<HashMap<&'r str, Encoded>, PipelineError> {
         let mut encoded = HashMap::new();
-        for request in requests {
-            let negative = request.do_classifier_free_guidance().then_some(request.negative_prompt.as_str());
-            for prompt in [Some(request.prompt.as_str()), negative].into_iter().flatten() {
-                if !encoded.contains_key(prompt) {
-                    encoded.insert(prompt, self.encode_prompt(prompt)?);
-                }
+        for request in requests.iter().filter(|request| request.do_classifier_free_guidance()) {
+            let negative_prompt = request.negative_prompt.as_str();
+            if !encoded.contains_key(negative_prompt) {
+                encoded.insert(negative_prompt, self.encode_negative_prompt(negative_prompt)?);
             }
         }
+        for request in requests {
+            let prompt = request.prompt.as_str();
+            if !encoded.contains_key(prompt) {
+                encoded.insert(prompt, self.encode_prompt(prompt)?);
+            }
+        }
+        Ok(encoded)
+    }
+
+    /// As [`Self::encode_prompt`], from memory where it is the one encoded last.
+    fn encode_negative_prompt(&self, prompt: &str) -> Result<Encoded, PipelineError> {
+        let same = |(tensor, truncated): &Encoded| (tensor.shallow_clone(), truncated.clone());
+        let last = self.last_negative.borrow();
+        if let Some((_, encoded)) = last.as_ref().filter(|(last, _)| last == prompt) {
+            return Ok(same(encoded));
+        }
+        drop(last);
+        let encoded = self.encode_prompt(prompt)?;
+        self.last_negative.replace(Some((prompt.to_owned(), same(&encoded))));
         Ok(encoded)
     }
 

@@ -222,6 +222,12 @@ impl Weights<'_> {
         if tensor.defined() { tensor.view(shape) } else { tensor }
     }
 
+    /// The tensors `name` of several places below this one, each of the given shape, one after the other.
+    pub fn stacked(&self, places: &[&str], name: &str, shape: &[i64]) -> Tensor {
+        let tensors: Vec<Tensor> = places.iter().map(|place| (self / place).tensor(name, shape)).collect();
+        if tensors.iter().all(Tensor::defined) { Tensor::cat(&tensors, 0) } else { Tensor::new() }
+    }
+
     /// The device that the tensors are put on.
     pub fn device(&self) -> Device {
         self.file.device

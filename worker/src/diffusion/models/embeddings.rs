@@ -34,10 +34,12 @@ impl Timesteps {
         Ok(Self { frequencies, flip_sin_to_cos })
     }
 
-    /// A training step, possibly a fraction, to `(1, num_channels)` in f32: one row, as all pictures of a batch are at
-    /// the same step.
-    pub fn forward(&self, timestep: f64) -> Result<Tensor, TchError> {
-        let angles = self.frequencies.f_mul_scalar(timestep)?;
+    /// Training steps, possibly fractions, to `(timesteps.len(), num_channels)` in f32: a row for each, as all pictures of
+    /// a batch are at the same step.
+    pub fn forward(&self, timesteps: &[f64]) -> Result<Tensor, TchError> {
+        let timesteps = Tensor::f_from_slice(timesteps)?.f_to_kind(Kind::Float)?;
+        let timesteps = timesteps.f_unsqueeze(1)?.f_to_device(self.frequencies.device())?;
+        let angles = timesteps.f_mul(&self.frequencies)?;
         let (sin, cos) = (angles.f_sin()?, angles.f_cos()?);
         let halves = if self.flip_sin_to_cos { [cos, sin] } else { [sin, cos] };
         Tensor::f_cat(&halves, -1)

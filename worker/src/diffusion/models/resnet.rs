@@ -48,14 +48,23 @@ impl ResnetBlock2D {
         }
     }
 
-    /// `(batch_size, in_channels, height, width)` to `(batch_size, out_channels, height, width)`. `temb`, of shape
-    /// `(1, temb_channels)`, is the time embedding **after** SiLU, which diffusers applies in each block anew.
-    pub fn forward(&self, input: &Tensor, temb: Option<&Tensor>) -> Result<Tensor, TchError> {
-        let mut hidden_states = self.conv1.forward(&self.norm1.forward(input)?.f_silu_()?)?;
-        if let (Some(time_emb_proj), Some(temb)) = (&self.time_emb_proj, temb) {
-            let temb = time_emb_proj.forward(temb)?.f_unsqueeze(-1)?.f_unsqueeze(-1)?;
-            hidden_states = hidden_states.f_add_(&temb)?;
+    /// The bias of the first convolution with the time embedding in it: what is added to every pixel of a channel is a
+    /// bias. `temb`, of shape `(num_steps, temb_channels)`, is the time embedding **after** SiLU, which diffusers applies
+    /// in each block anew. One vector of `out_channels` for each step.
+    pub fn time_biases(&self, temb: &Tensor) -> Result<Vec<Tensor>, TchError> {
+        let (num_steps, _) = temb.size2()?;
+        match &self.time_emb_proj {
+            Some(time_emb_proj) => time_emb_proj.forward(temb)?.f_add_(self.conv1.bias())?.f_unbind(0),
+            None => Ok((0..num_steps).map(|_| self.conv1.bias().shallow_clone()).collect()),
         }
+    }
+
+    /// `(batch_size, in_channels, height, width)` to `(batch_size, out_channels, height, width)`. `time_bias` is
+    /// one of [`Self::time_biases`]; `None` is without a time embedding.
+    pub fn forward(&self, input: &Tensor, time_bias: Option<&Tensor>) -> Result<Tensor, TchError> {
+        let time_bias = time_bias.unwrap_or_else(|| self.conv1.bias());
+        let hidden_states =
+            self.conv1.forward_with_bias(&self.norm1.forward(input)?.f_silu_()?, time_bias)?;
         let mut hidden_states = self.conv2.forward(&self.norm2.forward(&hidden_states)?.f_silu_()?)?;
         let mut output = match &self.conv_shortcut {
             Some(conv_shortcut) => hidden_states.f_add_(&conv_shortcut.forward(input)?)?,

@@ -4,7 +4,7 @@ use tch::{TchError, Tensor};
 
 use super::super::nn::{GroupNorm, Linear};
 use super::super::weights::Weights;
-use super::attention::BasicTransformerBlock;
+use super::attention::{BasicTransformerBlock, KeyValue};
 
 /// Epsilon of the GroupNorm before the blocks, which is not the ResNets' (diffusers'
 /// `_init_continuous_input`).
@@ -64,20 +64,21 @@ impl Transformer2DModel {
         }
     }
 
-    /// `(batch_size, channels, height, width)` to the same shape. Attends to `encoder_hidden_states` of shape
-    /// `(batch_size, text_length, cross_attention_dim)`, or to itself without them.
-    pub fn forward(
-        &self,
-        hidden_states: &Tensor,
-        encoder_hidden_states: Option<&Tensor>,
-    ) -> Result<Tensor, TchError> {
+    /// What each block makes of `encoder_hidden_states` `(batch_size, text_length, cross_attention_dim)`.
+    pub fn project_text(&self, encoder_hidden_states: &Tensor) -> Result<Vec<KeyValue>, TchError> {
+        self.transformer_blocks.iter().map(|block| block.project_text(encoder_hidden_states)).collect()
+    }
+
+    /// `(batch_size, channels, height, width)` to the same shape. Attends to `text`, one for each block, or to itself
+    /// where there is none.
+    pub fn forward(&self, hidden_states: &Tensor, text: &[KeyValue]) -> Result<Tensor, TchError> {
         let (batch_size, channels, height, width) = hidden_states.size4()?;
         let normalized = self.norm.forward(hidden_states)?;
         let sequence =
             normalized.f_permute([0, 2, 3, 1])?.f_reshape([batch_size, height * width, channels])?;
         let mut sequence = self.proj_in.forward(&sequence)?;
-        for block in &self.transformer_blocks {
-            sequence = block.forward(&sequence, encoder_hidden_states)?;
+        for (i, block) in self.transformer_blocks.iter().enumerate() {
+            sequence = block.forward(&sequence, text.get(i))?;
         }
         let projected = self.proj_out.forward(&sequence)?;
         let map = projected.f_view([batch_size, height, width, channels])?.f_permute([0, 3, 1, 2])?;

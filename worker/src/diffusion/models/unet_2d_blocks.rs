@@ -1,13 +1,16 @@
 //! The blocks that UNet and VAE are stacked from (diffusers' `models/unets/unet_2d_blocks.py`).
 //!
-//! `hidden_states` are of shape `(batch_size, channels, height, width)`, `temb` of `(1, temb_channels)` after SiLU,
-//! `encoder_hidden_states` of `(batch_size, text_length, cross_attention_dim)`.
+//! `hidden_states` are of shape `(batch_size, channels, height, width)`. What does not change with them is made ahead: by
+//! `time_biases` from `temb`, of shape `(num_steps, temb_channels)` after SiLU, for each step a tensor for each ResNet
+//! ([`ResnetBlock2D::time_biases`]), and by `project_text` from `encoder_hidden_states`, of shape
+//! `(batch_size, text_length, cross_attention_dim)`, one list for each transformer; without any, transformers attend to
+//! themselves.
 
 use tch::{TchError, Tensor};
 
 use super::super::nn::GroupNorm;
 use super::super::weights::Weights;
-use super::attention::Attention;
+use super::attention::{KeyValue, SelfAttention};
 use super::resnet::{Downsample2D, ResnetBlock2D, ResnetConfig, Upsample2D};
 use super::transformer_2d::{Transformer2DConfig, Transformer2DModel};
 
@@ -87,6 +90,34 @@ fn attentions(
     (0..num_layers).map(|i| Transformer2DModel::load(&(&weights / i), channels, config)).collect()
 }
 
+/// What each transformer makes of a text.
+type TransformerTexts = Vec<Vec<KeyValue>>;
+
+/// For each step, each ResNet's [`ResnetBlock2D::time_biases`].
+fn time_biases(resnets: &[ResnetBlock2D], temb: &Tensor) -> Result<Vec<Vec<Tensor>>, TchError> {
+    let (num_steps, _) = temb.size2()?;
+    let mut steps: Vec<Vec<Tensor>> = (0..num_steps).map(|_| Vec::new()).collect();
+    for resnet in resnets {
+        for (step, bias) in steps.iter_mut().zip(resnet.time_biases(temb)?) {
+            step.push(bias);
+        }
+    }
+    Ok(steps)
+}
+
+/// Each transformer's [`Transformer2DModel::project_text`].
+fn project_text(
+    attentions: &[Transformer2DModel],
+    encoder_hidden_states: &Tensor,
+) -> Result<TransformerTexts, TchError> {
+    attentions.iter().map(|attention| attention.project_text(encoder_hidden_states)).collect()
+}
+
+/// A transformer's part of a text; empty without one.
+fn text_of(text: &[Vec<KeyValue>], transformer: usize) -> &[KeyValue] {
+    text.get(transformer).map_or(&[], Vec::as_slice)
+}
+
 /// A down block of the UNet.
 #[derive(Debug)]
 pub enum DownBlock {
@@ -97,18 +128,34 @@ pub enum DownBlock {
 }
 
 impl DownBlock {
+    /// See the top of this file.
+    pub fn time_biases(&self, temb: &Tensor) -> Result<Vec<Vec<Tensor>>, TchError> {
+        match self {
+            Self::CrossAttn(block) => time_biases(&block.resnets, temb),
+            Self::Plain(block) => time_biases(&block.resnets, temb),
+        }
+    }
+
+    /// See the top of this file.
+    pub fn project_text(&self, encoder_hidden_states: &Tensor) -> Result<TransformerTexts, TchError> {
+        match self {
+            Self::CrossAttn(block) => project_text(&block.attentions, encoder_hidden_states),
+            Self::Plain(_) => Ok(Vec::new()),
+        }
+    }
+
     /// The block's output; what the up blocks will need is pushed onto `res_samples`, one tensor for each ResNet and
     /// one for the downsampler.
     pub fn forward(
         &self,
         hidden_states: &Tensor,
-        temb: &Tensor,
-        encoder_hidden_states: Option<&Tensor>,
+        time: &[Tensor],
+        text: &[Vec<KeyValue>],
         res_samples: &mut Vec<Tensor>,
     ) -> Result<Tensor, TchError> {
         match self {
-            Self::CrossAttn(block) => block.forward(hidden_states, temb, encoder_hidden_states, res_samples),
-            Self::Plain(block) => block.forward(hidden_states, temb, res_samples),
+            Self::CrossAttn(block) => block.forward(hidden_states, time, text, res_samples),
+            Self::Plain(block) => block.forward(hidden_states, time, res_samples),
         }
     }
 }
@@ -130,12 +177,12 @@ impl DownBlock2D {
     pub fn forward(
         &self,
         hidden_states: &Tensor,
-        temb: &Tensor,
+        time: &[Tensor],
         res_samples: &mut Vec<Tensor>,
     ) -> Result<Tensor, TchError> {
         let mut hidden_states = hidden_states.shallow_clone();
-        for resnet in &self.resnets {
-            hidden_states = resnet.forward(&hidden_states, Some(temb))?;
+        for (i, resnet) in self.resnets.iter().enumerate() {
+            hidden_states = resnet.forward(&hidden_states, time.get(i))?;
             res_samples.push(hidden_states.shallow_clone());
         }
         downsample(self.downsampler.as_ref(), hidden_states, res_samples)
@@ -164,14 +211,14 @@ impl CrossAttnDownBlock2D {
     pub fn forward(
         &self,
         hidden_states: &Tensor,
-        temb: &Tensor,
-        encoder_hidden_states: Option<&Tensor>,
+        time: &[Tensor],
+        text: &[Vec<KeyValue>],
         res_samples: &mut Vec<Tensor>,
     ) -> Result<Tensor, TchError> {
         let mut hidden_states = hidden_states.shallow_clone();
-        for (resnet, attention) in self.resnets.iter().zip(&self.attentions) {
-            hidden_states = resnet.forward(&hidden_states, Some(temb))?;
-            hidden_states = attention.forward(&hidden_states, encoder_hidden_states)?;
+        for (i, (resnet, attention)) in self.resnets.iter().zip(&self.attentions).enumerate() {
+            hidden_states = resnet.forward(&hidden_states, time.get(i))?;
+            hidden_states = attention.forward(&hidden_states, text_of(text, i))?;
             res_samples.push(hidden_states.shallow_clone());
         }
         downsample(self.downsampler.as_ref(), hidden_states, res_samples)
@@ -212,17 +259,27 @@ impl UNetMidBlock2DCrossAttn {
         }
     }
 
+    /// See the top of this file.
+    pub fn time_biases(&self, temb: &Tensor) -> Result<Vec<Vec<Tensor>>, TchError> {
+        time_biases(&self.resnets, temb)
+    }
+
+    /// See the top of this file.
+    pub fn project_text(&self, encoder_hidden_states: &Tensor) -> Result<TransformerTexts, TchError> {
+        project_text(std::slice::from_ref(&self.attention), encoder_hidden_states)
+    }
+
     /// Keeps the shape of `hidden_states`.
     pub fn forward(
         &self,
         hidden_states: &Tensor,
-        temb: &Tensor,
-        encoder_hidden_states: Option<&Tensor>,
+        time: &[Tensor],
+        text: &[Vec<KeyValue>],
     ) -> Result<Tensor, TchError> {
         let [first, second] = &self.resnets;
-        let hidden_states = first.forward(hidden_states, Some(temb))?;
-        let hidden_states = self.attention.forward(&hidden_states, encoder_hidden_states)?;
-        second.forward(&hidden_states, Some(temb))
+        let hidden_states = first.forward(hidden_states, time.first())?;
+        let hidden_states = self.attention.forward(&hidden_states, text_of(text, 0))?;
+        second.forward(&hidden_states, time.get(1))
     }
 }
 
@@ -230,7 +287,7 @@ impl UNetMidBlock2DCrossAttn {
 #[derive(Debug)]
 pub struct UNetMidBlock2D {
     resnets: [ResnetBlock2D; 2],
-    attention: Option<(GroupNorm, Attention)>,
+    attention: Option<(GroupNorm, SelfAttention)>,
 }
 
 impl UNetMidBlock2D {
@@ -248,24 +305,29 @@ impl UNetMidBlock2D {
             attention: attention_heads.map(|heads| {
                 (
                     GroupNorm::load(&(&attention / "group_norm"), resnet.groups, channels, resnet.eps),
-                    Attention::load_with_bias(&attention, channels, heads),
+                    SelfAttention::load_with_bias(&attention, channels, heads),
                 )
             }),
         }
     }
 
-    /// Keeps the shape of `hidden_states`. `temb` is `None` in the VAE.
-    pub fn forward(&self, hidden_states: &Tensor, temb: Option<&Tensor>) -> Result<Tensor, TchError> {
+    /// See the top of this file.
+    pub fn time_biases(&self, temb: &Tensor) -> Result<Vec<Vec<Tensor>>, TchError> {
+        time_biases(&self.resnets, temb)
+    }
+
+    /// Keeps the shape of `hidden_states`. `time` is empty in the VAE.
+    pub fn forward(&self, hidden_states: &Tensor, time: &[Tensor]) -> Result<Tensor, TchError> {
         let [first, second] = &self.resnets;
-        let mut hidden_states = first.forward(hidden_states, temb)?;
+        let mut hidden_states = first.forward(hidden_states, time.first())?;
         if let Some((group_norm, attention)) = &self.attention {
             let (batch_size, channels, height, width) = hidden_states.size4()?;
             let sequence = group_norm.forward(&hidden_states)?.f_flatten(2, 3)?.f_transpose(1, 2)?;
-            let attended = attention.forward(&sequence, None)?.f_transpose(1, 2)?;
+            let attended = attention.forward(&sequence)?.f_transpose(1, 2)?;
             let attended = attended.f_reshape([batch_size, channels, height, width])?;
             hidden_states = hidden_states.f_add_(&attended)?;
         }
-        second.forward(&hidden_states, temb)
+        second.forward(&hidden_states, time.get(1))
     }
 }
 
@@ -279,6 +341,22 @@ pub enum UpBlock {
 }
 
 impl UpBlock {
+    /// See the top of this file.
+    pub fn time_biases(&self, temb: &Tensor) -> Result<Vec<Vec<Tensor>>, TchError> {
+        match self {
+            Self::CrossAttn(block) => time_biases(&block.resnets, temb),
+            Self::Plain(block) => time_biases(&block.resnets, temb),
+        }
+    }
+
+    /// See the top of this file.
+    pub fn project_text(&self, encoder_hidden_states: &Tensor) -> Result<TransformerTexts, TchError> {
+        match self {
+            Self::CrossAttn(block) => project_text(&block.attentions, encoder_hidden_states),
+            Self::Plain(_) => Ok(Vec::new()),
+        }
+    }
+
     /// ResNets of the block: how many `res_samples` it takes.
     pub fn num_resnets(&self) -> usize {
         match self {
@@ -292,16 +370,14 @@ impl UpBlock {
     pub fn forward(
         &self,
         hidden_states: &Tensor,
-        temb: &Tensor,
+        time: &[Tensor],
         res_samples: Vec<Tensor>,
-        encoder_hidden_states: Option<&Tensor>,
+        text: &[Vec<KeyValue>],
         upsample_size: Option<[i64; 2]>,
     ) -> Result<Tensor, TchError> {
         match self {
-            Self::CrossAttn(block) => {
-                block.forward(hidden_states, temb, res_samples, encoder_hidden_states, upsample_size)
-            }
-            Self::Plain(block) => block.forward(hidden_states, temb, res_samples, upsample_size),
+            Self::CrossAttn(block) => block.forward(hidden_states, time, res_samples, text, upsample_size),
+            Self::Plain(block) => block.forward(hidden_states, time, res_samples, upsample_size),
         }
     }
 }
@@ -323,13 +399,13 @@ impl UpBlock2D {
     pub fn forward(
         &self,
         hidden_states: &Tensor,
-        temb: &Tensor,
+        time: &[Tensor],
         res_samples: Vec<Tensor>,
         upsample_size: Option<[i64; 2]>,
     ) -> Result<Tensor, TchError> {
         let mut hidden_states = hidden_states.shallow_clone();
-        for (resnet, res_sample) in self.resnets.iter().zip(res_samples.into_iter().rev()) {
-            hidden_states = resnet.forward(&Tensor::f_cat(&[hidden_states, res_sample], 1)?, Some(temb))?;
+        for (i, (resnet, res_sample)) in self.resnets.iter().zip(res_samples.into_iter().rev()).enumerate() {
+            hidden_states = resnet.forward(&Tensor::f_cat(&[hidden_states, res_sample], 1)?, time.get(i))?;
         }
         upsample(self.upsampler.as_ref(), hidden_states, upsample_size)
     }
@@ -357,16 +433,16 @@ impl CrossAttnUpBlock2D {
     pub fn forward(
         &self,
         hidden_states: &Tensor,
-        temb: &Tensor,
+        time: &[Tensor],
         res_samples: Vec<Tensor>,
-        encoder_hidden_states: Option<&Tensor>,
+        text: &[Vec<KeyValue>],
         upsample_size: Option<[i64; 2]>,
     ) -> Result<Tensor, TchError> {
         let mut hidden_states = hidden_states.shallow_clone();
         let layers = self.resnets.iter().zip(&self.attentions);
-        for ((resnet, attention), res_sample) in layers.zip(res_samples.into_iter().rev()) {
-            hidden_states = resnet.forward(&Tensor::f_cat(&[hidden_states, res_sample], 1)?, Some(temb))?;
-            hidden_states = attention.forward(&hidden_states, encoder_hidden_states)?;
+        for (i, ((resnet, attention), res_sample)) in layers.zip(res_samples.into_iter().rev()).enumerate() {
+            hidden_states = resnet.forward(&Tensor::f_cat(&[hidden_states, res_sample], 1)?, time.get(i))?;
+            hidden_states = attention.forward(&hidden_states, text_of(text, i))?;
         }
         upsample(self.upsampler.as_ref(), hidden_states, upsample_size)
     }

@@ -5,6 +5,7 @@ use tch::{Kind, TchError, Tensor};
 
 use super::super::nn::{Conv2d, GroupNorm};
 use super::super::weights::Weights;
+use super::attention::KeyValue;
 use super::embeddings::{TimestepEmbedding, Timesteps};
 use super::resnet::ResnetConfig;
 use super::transformer_2d::Transformer2DConfig;
@@ -26,6 +27,63 @@ pub struct UNet2DConditionModel {
     up_blocks: Vec<UpBlock>,
     conv_norm_out: GroupNorm,
     conv_out: Conv2d,
+}
+
+/// What a UNet's ResNets make of a training step: it depends on the step alone.
+#[derive(Debug)]
+pub struct UNetTime {
+    /// Of each block, one for each ResNet.
+    down: Vec<Vec<Tensor>>,
+    mid: Vec<Tensor>,
+    up: Vec<Vec<Tensor>>,
+}
+
+/// What a UNet's transformers make of a text: it is the same at every step.
+#[derive(Debug)]
+pub struct UNetText {
+    /// Of each block, one for each transformer, each a list of one for each of its layers.
+    down: Vec<Vec<Vec<KeyValue>>>,
+    mid: Vec<Vec<KeyValue>>,
+    up: Vec<Vec<Vec<KeyValue>>>,
+}
+
+impl UNetTime {
+    fn with_mid(mid: Vec<Tensor>) -> Self {
+        Self { down: Vec::new(), mid, up: Vec::new() }
+    }
+}
+
+impl UNetText {
+    /// Those of several pictures, of one UNet, as those of a batch.
+    pub fn cat(parts: &[&Self]) -> Result<Self, TchError> {
+        let Some(first) = parts.first() else {
+            return Err(TchError::Shape("there is no text to put together".to_owned()));
+        };
+        type Block = Vec<Vec<KeyValue>>;
+        let block = |first: &Block, block_of: &dyn Fn(&Self) -> &Block| -> Result<Block, TchError> {
+            let transformer = |transformer: usize| {
+                let layer = |layer: usize| {
+                    KeyValue::cat(
+                        &parts.iter().map(|part| &block_of(part)[transformer][layer]).collect::<Vec<_>>(),
+                    )
+                };
+                (0..first[transformer].len()).map(layer).collect()
+            };
+            (0..first.len()).map(transformer).collect()
+        };
+        let blocks = |first: &[Block], blocks_of: fn(&Self) -> &Vec<Block>| {
+            first
+                .iter()
+                .enumerate()
+                .map(|(i, first)| block(first, &|part| &blocks_of(part)[i]))
+                .collect::<Result<Vec<_>, _>>()
+        };
+        Ok(Self {
+            down: blocks(&first.down, |text| &text.down)?,
+            mid: block(&first.mid, &|text| &text.mid)?,
+            up: blocks(&first.up, |text| &text.up)?,
+        })
+    }
 }
 
 impl UNet2DConditionModel {
@@ -59,35 +117,60 @@ impl UNet2DConditionModel {
         })
     }
 
-    /// The noise predicted in `sample`, of the same shape `(batch_size, in_channels, height, width)` and dtype.
-    /// `timestep` is a training step, possibly a fraction, and the same for the whole batch; `encoder_hidden_states`
-    /// are of shape `(batch_size, text_length, cross_attention_dim)`.
-    pub fn forward(
-        &self,
-        sample: &Tensor,
-        timestep: f64,
-        encoder_hidden_states: &Tensor,
-    ) -> Result<Tensor, TchError> {
+    /// What the blocks make of training steps, possibly fractions. All at once, so that the weights behind it are read
+    /// once and not for each step.
+    pub fn embed_timesteps(&self, timesteps: &[f64], kind: Kind) -> Result<Vec<UNetTime>, TchError> {
+        let sinusoids = self.time_proj.forward(timesteps)?.f_to_kind(kind)?;
+        // Of shape `(timesteps.len(), time_embed_dim)`, with the SiLU that each ResNet would apply.
+        let temb = self.time_embedding.forward(&sinusoids)?.f_silu_()?;
+        let mut times: Vec<UNetTime> =
+            self.mid_block.time_biases(&temb)?.into_iter().map(UNetTime::with_mid).collect();
+        for block in &self.down_blocks {
+            let biases = block.time_biases(&temb)?;
+            times.iter_mut().zip(biases).for_each(|(time, biases)| time.down.push(biases));
+        }
+        for block in &self.up_blocks {
+            let biases = block.time_biases(&temb)?;
+            times.iter_mut().zip(biases).for_each(|(time, biases)| time.up.push(biases));
+        }
+        Ok(times)
+    }
+
+    /// What the blocks make of `encoder_hidden_states` `(batch_size, text_length, cross_attention_dim)`.
+    pub fn project_text(&self, encoder_hidden_states: &Tensor) -> Result<UNetText, TchError> {
+        let states = encoder_hidden_states;
+        Ok(UNetText {
+            down: self
+                .down_blocks
+                .iter()
+                .map(|block| block.project_text(states))
+                .collect::<Result<_, _>>()?,
+            mid: self.mid_block.project_text(states)?,
+            up: self.up_blocks.iter().map(|block| block.project_text(states)).collect::<Result<_, _>>()?,
+        })
+    }
+
+    /// The noise predicted in `sample`, of the same shape `(batch_size, in_channels, height, width)` and dtype. `time`
+    /// is the same for the whole batch, `text` has as many rows.
+    pub fn forward(&self, sample: &Tensor, time: &UNetTime, text: &UNetText) -> Result<Tensor, TchError> {
         let (_, _, height, width) = sample.size4()?;
         let upsample_factor = 1 << (self.up_blocks.len() - 1);
         let forward_upsample_size = height % upsample_factor != 0 || width % upsample_factor != 0;
 
-        let temb = self.embed_timestep(timestep, sample.kind())?;
         let mut hidden_states = if self.center_input_sample {
             self.conv_in.forward(&sample.f_mul_scalar(2.0)?.f_sub_scalar(1.0)?)?
         } else {
             self.conv_in.forward(sample)?
         };
-        let encoder_hidden_states = Some(encoder_hidden_states);
 
         let mut res_samples = vec![hidden_states.shallow_clone()];
-        for block in &self.down_blocks {
-            hidden_states = block.forward(&hidden_states, &temb, encoder_hidden_states, &mut res_samples)?;
+        for (block, (time, text)) in self.down_blocks.iter().zip(time.down.iter().zip(&text.down)) {
+            hidden_states = block.forward(&hidden_states, time, text, &mut res_samples)?;
         }
 
-        hidden_states = self.mid_block.forward(&hidden_states, &temb, encoder_hidden_states)?;
+        hidden_states = self.mid_block.forward(&hidden_states, &time.mid, &text.mid)?;
 
-        for block in &self.up_blocks {
+        for (block, (time, text)) in self.up_blocks.iter().zip(time.up.iter().zip(&text.up)) {
             let block_res_samples =
                 res_samples.split_off(res_samples.len().saturating_sub(block.num_resnets()));
             // Halving an odd size rounded up, so doubling it back gives one too many: grow to the size of the skip
@@ -99,22 +182,10 @@ impl UNet2DConditionModel {
                 }
                 _ => None,
             };
-            hidden_states = block.forward(
-                &hidden_states,
-                &temb,
-                block_res_samples,
-                encoder_hidden_states,
-                upsample_size,
-            )?;
+            hidden_states = block.forward(&hidden_states, time, block_res_samples, text, upsample_size)?;
         }
 
         self.conv_out.forward(&self.conv_norm_out.forward(&hidden_states)?.f_silu_()?)
-    }
-
-    /// The time embedding `(1, time_embed_dim)`, with the SiLU that each ResNet would apply.
-    fn embed_timestep(&self, timestep: f64, kind: Kind) -> Result<Tensor, TchError> {
-        let sinusoids = self.time_proj.forward(timestep)?.f_to_kind(kind)?;
-        self.time_embedding.forward(&sinusoids)?.f_silu_()
     }
 }
 

@@ -71,7 +71,7 @@ impl Decoder {
     /// `(batch_size, latent_channels, height, width)` to `(batch_size, out_channels, height * f, width * f)`, where
     /// `f` is the VAE's scale factor.
     pub fn forward(&self, sample: &Tensor) -> Result<Tensor, TchError> {
-        let mut hidden_states = self.mid_block.forward(&self.conv_in.forward(sample)?, None)?;
+        let mut hidden_states = self.mid_block.forward(&self.conv_in.forward(sample)?, &[])?;
         for block in &self.up_blocks {
             hidden_states = block.forward(&hidden_states)?;
         }

@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use tch::{TchError, Tensor};
 
 use super::super::device::{ComputeDevice, pictures_at_once, prepare_thread};
-use super::super::models::unet_2d_condition::UNet2DConditionModel;
+use super::super::models::unet_2d_condition::{UNet2DConditionModel, UNetText, UNetTime};
 use super::super::rng::Generator;
 use super::super::schedulers::Scheduler;
 use super::generation::{
@@ -23,9 +23,8 @@ struct Picture {
     latents: Tensor,
     generator: Generator,
     scheduler: Box<dyn Scheduler + Send>,
-    /// What the UNet attends to: of shape `(1, length, hidden_size)`, or `(2, …)` with guidance, the negative prompt's
-    /// first.
-    prompt_embeds: Tensor,
+    /// What the UNet attends to: one row, or two with guidance, the negative prompt's first.
+    text: UNetText,
     /// `None` without guidance.
     guidance_scale: Option<f64>,
 }
@@ -34,7 +33,10 @@ struct Picture {
 pub(super) struct Denoising<'p> {
     pipeline: &'p StableDiffusionPipeline,
     pictures: Vec<Picture>,
-    timesteps: Vec<f64>,
+    /// What the UNet makes of each step, in the order of the steps.
+    times: Vec<UNetTime>,
+    /// On a GPU, the texts of all `pictures` in one.
+    text_together: Option<UNetText>,
     finished: Vec<Result<Tensor, ImageError>>,
 }
 
@@ -50,10 +52,12 @@ impl<'p> Denoising<'p> {
         for (index, request) in requests.iter().enumerate() {
             pictures.push(Picture::start(pipeline, index, request, parameters, encoded)?);
         }
-        let timesteps = pictures.first().map(|picture| picture.scheduler.timesteps().to_vec());
+        let timesteps = pictures.first().map_or(&[][..], |picture| picture.scheduler.timesteps());
+        let times = pipeline.unet.embed_timesteps(timesteps, pipeline.options.dtype.to_tch())?;
         Ok(Self {
             pipeline,
-            timesteps: timesteps.unwrap_or_default(),
+            times,
+            text_together: None,
             // What a picture dropped before its first step would be; each is overwritten below.
             finished: requests.iter().map(|_| Err(ImageError::Dropped { step_index: 0 })).collect(),
             pictures,
@@ -65,12 +69,13 @@ impl<'p> Denoising<'p> {
         mut self,
         on_step: &mut dyn FnMut(&StepProgress<'_>) -> StepControl,
     ) -> Result<Vec<Result<Tensor, ImageError>>, PipelineError> {
-        let num_steps = self.timesteps.len();
-        for (step_index, timestep) in std::mem::take(&mut self.timesteps).into_iter().enumerate() {
-            let (unet, pictures) = (&self.pipeline.unet, &mut self.pictures[..]);
+        let num_steps = self.times.len();
+        for (step_index, time) in std::mem::take(&mut self.times).iter().enumerate() {
             match self.pipeline.options.device {
-                ComputeDevice::Cuda(_) => step_together(unet, pictures, step_index, timestep)?,
-                ComputeDevice::Cpu => step_side_by_side(unet, pictures, step_index, timestep)?,
+                ComputeDevice::Cuda(_) => self.step_together(step_index, time)?,
+                ComputeDevice::Cpu => {
+                    step_side_by_side(&self.pipeline.unet, &mut self.pictures, step_index, time)?;
+                }
             }
             let active: Vec<usize> = self.pictures.iter().map(|picture| picture.index).collect();
             let latents: Vec<&Tensor> = self.pictures.iter().map(|picture| &picture.latents).collect();
@@ -98,6 +103,27 @@ impl<'p> Denoising<'p> {
         for picture in self.pictures.extract_if(.., |picture| dropped.contains(&picture.index)) {
             self.finished[picture.index] = Err(ImageError::Dropped { step_index });
         }
+        self.text_together = None;
+    }
+
+    /// One denoising step in which the UNet sees all pictures at once.
+    fn step_together(&mut self, step_index: usize, time: &UNetTime) -> Result<(), PipelineError> {
+        let inputs = self.pictures.iter().map(|picture| picture.model_input(step_index));
+        let inputs = inputs.collect::<Result<Vec<_>, _>>()?;
+        // All have guidance or none has, so all inputs have as many rows.
+        let Some(rows) = inputs.first().and_then(|input| input.size().first().copied()) else {
+            return Ok(());
+        };
+        let text = match self.text_together.take() {
+            Some(text) => text,
+            None => UNetText::cat(&self.pictures.iter().map(|picture| &picture.text).collect::<Vec<_>>())?,
+        };
+        let noise_pred = self.pipeline.unet.forward(&Tensor::f_cat(&inputs, 0)?, time, &text)?;
+        for (picture, noise_pred) in self.pictures.iter_mut().zip(noise_pred.f_split(rows, 0)?) {
+            picture.step(&noise_pred, step_index)?;
+        }
+        self.text_together = Some(text);
+        Ok(())
     }
 }
 
@@ -130,7 +156,8 @@ impl Picture {
         } else {
             (prompt_embeds.shallow_clone(), None)
         };
-        Ok(Self { index, latents, generator, scheduler, prompt_embeds, guidance_scale })
+        let text = pipeline.unet.project_text(&prompt_embeds)?;
+        Ok(Self { index, latents, generator, scheduler, text, guidance_scale })
     }
 
     /// What the UNet is shown, as many times as it has embeddings to predict with.
@@ -161,54 +188,32 @@ impl Picture {
     }
 }
 
-/// One denoising step in which the UNet sees all pictures at once.
-fn step_together(
-    unet: &UNet2DConditionModel,
-    pictures: &mut [Picture],
-    step_index: usize,
-    timestep: f64,
-) -> Result<(), PipelineError> {
-    let model_inputs =
-        pictures.iter().map(|picture| picture.model_input(step_index)).collect::<Result<Vec<_>, _>>()?;
-    // All have guidance or none has, so all inputs have as many rows.
-    let Some(rows) = model_inputs.first().and_then(|input| input.size().first().copied()) else {
-        return Ok(());
-    };
-    let prompt_embeds: Vec<&Tensor> = pictures.iter().map(|picture| &picture.prompt_embeds).collect();
-    let noise_pred =
-        unet.forward(&Tensor::f_cat(&model_inputs, 0)?, timestep, &Tensor::f_cat(&prompt_embeds, 0)?)?;
-    for (picture, noise_pred) in pictures.iter_mut().zip(noise_pred.f_split(rows, 0)?) {
-        picture.step(&noise_pred, step_index)?;
-    }
-    Ok(())
-}
-
 /// One denoising step in which the UNet sees each picture by itself, on as many threads as there are cores for.
 fn step_side_by_side(
     unet: &UNet2DConditionModel,
     pictures: &mut [Picture],
     step_index: usize,
-    timestep: f64,
+    time: &UNetTime,
 ) -> Result<(), PipelineError> {
-    let unet = SharedUNet(unet);
+    let shared = ReadByMany((unet, time));
     for_each_side_by_side(pictures, pictures_at_once(), &|picture: &mut Picture| {
-        let model_input = picture.model_input(step_index)?;
-        let noise_pred = unet.get().forward(&model_input, timestep, &picture.prompt_embeds)?;
+        let (unet, time) = shared.get();
+        let noise_pred = unet.forward(&picture.model_input(step_index)?, time, &picture.text)?;
         picture.step(&noise_pred, step_index)
     })
 }
 
-/// A UNet that several threads read.
-struct SharedUNet<'m>(&'m UNet2DConditionModel);
+/// A UNet and a step's tensors, which several threads read.
+struct ReadByMany<'m>((&'m UNet2DConditionModel, &'m UNetTime));
 
-// SAFETY: `forward` only reads the weights, none of its operations writes to them or changes what they point to, and
-// libtorch's tensors may be read by many threads at once (their reference counts are atomic). tch leaves `Tensor` without
-// `Sync` because its in-place operations could write through a shared one.
-unsafe impl Sync for SharedUNet<'_> {}
+// SAFETY: `forward` only reads the weights and the step's tensors, none of its operations writes to them or changes what
+// they point to, and libtorch's tensors may be read by many threads at once (their reference counts are atomic). tch
+// leaves `Tensor` without `Sync` because its in-place operations could write through a shared one.
+unsafe impl Sync for ReadByMany<'_> {}
 
-impl SharedUNet<'_> {
-    /// The model; a method, so that closures capture the wrapper and not the reference in it.
-    fn get(&self) -> &UNet2DConditionModel {
+impl<'m> ReadByMany<'m> {
+    /// What is read; a method, so that closures capture the wrapper and not the references in it.
+    fn get(&self) -> (&'m UNet2DConditionModel, &'m UNetTime) {
         self.0
     }
 }

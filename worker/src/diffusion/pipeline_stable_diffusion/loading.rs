@@ -1,5 +1,6 @@
 //! Reads a checkpoint's folder in the layout of diffusers' `save_pretrained`.
 
+use std::cell::RefCell;
 use std::path::Path;
 use std::time::Instant;
 
@@ -173,6 +174,7 @@ impl<'d> Loading<'d> {
                 Some(safety) => Some(safety?),
                 None => None,
             },
+            last_negative: RefCell::default(),
             scheduler_config: scheduler_config?,
             sample_size: unet_config.sample_size,
             latent_channels: vae_config.latent_channels,
