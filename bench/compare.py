@@ -54,6 +54,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--guidance-scale", type=float, default=7.5)
     parser.add_argument("--width", type=int)
     parser.add_argument("--height", type=int)
+    parser.add_argument("--denoise-only", action="store_true", help="stop each call after its last denoising step")
     parser.add_argument("--rounds", type=int, default=5, help="measured calls of each contestant")
     parser.add_argument("--warmup", type=int, default=1, help="calls of each before, the first of which is compared")
     parser.add_argument("--skip", nargs="*", default=[], choices=["eager", "compile"])
@@ -73,6 +74,8 @@ class Worker:
         for name in ("width", "height"):
             if getattr(args, name):
                 command += [f"--{name}", getattr(args, name)]
+        if args.denoise_only:
+            command += ["--denoise-only"]
         self.process = subprocess.Popen([str(part) for part in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         text=True, bufsize=1)
         if self.process.stdout.readline() != "ready\n":
@@ -119,8 +122,9 @@ class Diffusers:
         prompts = [f"benchmark picture number {index}" for index in range(args.batch_size)]
         generators = [torch.Generator().manual_seed(index) for index in range(args.batch_size)]
         output = self.pipe(prompts, generator=generators, num_inference_steps=args.steps, width=args.width,
-                           height=args.height, guidance_scale=args.guidance_scale, callback_on_step_end=on_step)
-        self.pixels = np.stack([np.asarray(image) for image in output.images])
+                           height=args.height, guidance_scale=args.guidance_scale, callback_on_step_end=on_step,
+                           output_type="latent" if args.denoise_only else "pil")
+        self.pixels = np.zeros(0) if args.denoise_only else np.stack([np.asarray(image) for image in output.images])
         return {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu_start,
                 "denoised_seconds": denoised[0], "denoised_cpu_seconds": denoised[1]}
 
@@ -166,7 +170,8 @@ def differences(ours, theirs) -> dict:
     (latents, pixels), (their_latents, their_pixels) = ours, theirs
     latents, their_latents = latents.astype(np.float64), their_latents.astype(np.float64)
     apart = np.abs(latents - their_latents)
-    pixels_apart = np.abs(pixels.astype(int) - their_pixels.astype(int))
+    # Without pixels, there is nothing apart.
+    pixels_apart = np.append(np.abs(pixels.ravel().astype(int) - their_pixels.ravel().astype(int)), 0)
     return {"latents_max": apart.max() / np.abs(their_latents).max(),
             "latents_mean": apart.mean() / np.abs(their_latents).mean(),
             "pixels_max": int(pixels_apart.max()), "pixels_mean": float(pixels_apart.mean())}

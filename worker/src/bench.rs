@@ -82,6 +82,9 @@ pub struct BenchArgs {
     /// Write what the first call gave, final latents and pixels, as safetensors.
     #[arg(long, value_name = "FILE")]
     pub outputs: Option<PathBuf>,
+    /// Stop each call after its last denoising step: a step of a large model is soon measured then, on a slow machine too.
+    #[arg(long)]
+    pub denoise_only: bool,
     /// Make one call of the first batch size and dtype for each line on standard input and answer each with a line of
     /// JSON, so that another program can take turns with this one.
     #[arg(long)]
@@ -119,7 +122,12 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
         let load_seconds = start.elapsed().as_secs_f64();
         for &batch_size in &args.batch_sizes {
             let parameters = parameters(args, &pipeline);
-            let bench = Bench::new(&pipeline, parameters, batch_size.into(), args.guidance_scale);
+            let bench = Bench {
+                pipeline: &pipeline,
+                requests: measure::requests(batch_size.into(), args.guidance_scale),
+                parameters,
+                denoise_only: args.denoise_only,
+            };
             if args.on_demand {
                 return answer_lines(&bench, args.outputs.as_deref());
             }

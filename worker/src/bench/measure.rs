@@ -8,15 +8,31 @@ use safetensors::tensor::{Dtype, TensorView};
 use serde::Serialize;
 
 use crate::diffusion::{
-    ComputeDevice, ComputeDtype, GenerationParameters, ImageRequest, StableDiffusionPipeline, StageSeconds,
-    StepControl,
+    ComputeDevice, ComputeDtype, GenerationParameters, ImageRequest, PipelineError, StableDiffusionPipeline,
+    StageSeconds, StepControl,
 };
 
 /// A pipeline and what every call asks of it.
 pub struct Bench<'p> {
-    pipeline: &'p StableDiffusionPipeline,
-    requests: Vec<ImageRequest>,
-    parameters: GenerationParameters,
+    /// The model.
+    pub pipeline: &'p StableDiffusionPipeline,
+    /// The pictures of a call, at least one.
+    pub requests: Vec<ImageRequest>,
+    /// What they share.
+    pub parameters: GenerationParameters,
+    /// Whether a call ends after its last denoising step.
+    pub denoise_only: bool,
+}
+
+/// Prompts and seeds are the picture's number, so that another program can ask for the same.
+pub fn requests(batch_size: usize, guidance_scale: f64) -> Vec<ImageRequest> {
+    let request = |index: usize| ImageRequest {
+        prompt: format!("benchmark picture number {index}"),
+        negative_prompt: String::new(),
+        seed: index as u64,
+        guidance_scale,
+    };
+    (0..batch_size).map(request).collect()
 }
 
 /// What one call took and gave.
@@ -53,23 +69,7 @@ struct Outputs {
     pixels_shape: Vec<usize>,
 }
 
-impl<'p> Bench<'p> {
-    /// Prompts and seeds are the picture's number, so that another program can ask for the same.
-    pub fn new(
-        pipeline: &'p StableDiffusionPipeline,
-        parameters: GenerationParameters,
-        batch_size: usize,
-        guidance_scale: f64,
-    ) -> Self {
-        let request = |index: usize| ImageRequest {
-            prompt: format!("benchmark picture number {index}"),
-            negative_prompt: String::new(),
-            seed: index as u64,
-            guidance_scale,
-        };
-        Self { pipeline, requests: (0..batch_size).map(request).collect(), parameters }
-    }
-
+impl Bench<'_> {
     /// Pictures in a call.
     pub fn batch_size(&self) -> usize {
         self.requests.len()
@@ -103,23 +103,29 @@ impl<'p> Bench<'p> {
             if progress.step_index + 1 == progress.num_steps {
                 latents = progress.latents_f32();
                 denoised = elapsed();
+                if self.denoise_only {
+                    return StepControl::Stop;
+                }
             }
             StepControl::Continue
-        })?;
+        });
         let (seconds, cpu_seconds) = elapsed();
-        let pixels = generation
-            .images
-            .into_iter()
-            .map(|image| image.map(|image| image.pixels))
-            .collect::<Result<Vec<_>, _>>()
-            .context("a picture could not be made")?;
+        let (stages, images) = match generation {
+            Ok(generation) => (generation.seconds, generation.images),
+            Err(PipelineError::Stopped { .. }) => {
+                (StageSeconds { denoise: denoised.0, ..StageSeconds::default() }, Vec::new())
+            }
+            Err(error) => return Err(error.into()),
+        };
+        let pixels = images.into_iter().map(|image| image.map(|image| image.pixels));
+        let pixels = pixels.collect::<Result<Vec<_>, _>>().context("a picture could not be made")?;
         Ok(Call {
             seconds,
             cpu_seconds,
             first_step_seconds: first_step_seconds.unwrap_or(seconds),
             denoised_seconds: denoised.0,
             denoised_cpu_seconds: denoised.1,
-            stages: generation.seconds,
+            stages,
             num_steps,
             outputs: self.outputs(&latents?, &pixels),
         })
@@ -133,7 +139,7 @@ impl<'p> Bench<'p> {
         let batch_size = self.batch_size();
         Outputs {
             latents_shape: vec![batch_size, latents.len() / (batch_size * rows * columns), rows, columns],
-            pixels_shape: vec![batch_size, height, width, 3],
+            pixels_shape: vec![pixels.len(), height, width, 3],
             latents,
             pixels: pixels.concat(),
         }

@@ -34,6 +34,8 @@ pub struct Report {
     width: u32,
     height: u32,
     peak_tflops: Option<f64>,
+    /// Whether calls ended after their last denoising step; what comes after it is not counted then either.
+    denoise_only: bool,
     /// What one picture takes.
     flops: Option<PictureFlops>,
     /// One for each dtype and batch size.
@@ -168,6 +170,7 @@ impl Report {
             width: 0,
             height: 0,
             peak_tflops: args.peak_tflops,
+            denoise_only: args.denoise_only,
             flops: None,
             runs: Vec::new(),
             configs: Configs::read(folder)?,
@@ -183,8 +186,11 @@ impl Report {
         let flops = PictureFlops {
             text_encoder: text.forward_flops(),
             unet_forward: unet.forward_flops(height, width, text.max_position_embeddings),
-            vae_decode: vae.decode_flops(height, width),
-            safety_checker: safety.map_or(0, |safety| safety.forward_flops()),
+            vae_decode: if self.denoise_only { 0 } else { vae.decode_flops(height, width) },
+            safety_checker: match safety {
+                Some(safety) if !self.denoise_only => safety.forward_flops(),
+                _ => 0,
+            },
         };
         self.flops = Some(flops);
         Ok(flops)
