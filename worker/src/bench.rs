@@ -22,6 +22,7 @@ use crate::diffusion::device::set_threads_per_picture;
 use crate::diffusion::{
     ComputeDevice, ComputeDtype, GenerationParameters, LoadOptions, SchedulerKind, StableDiffusionPipeline,
 };
+use crate::generate::RecipeArgs;
 
 /// Measures the model's speed, stage by stage, with weights drawn from a seed.
 #[derive(Debug, clap::Args)]
@@ -69,6 +70,9 @@ pub struct BenchArgs {
     /// Weight of the guidance; 1 and below is without.
     #[arg(long, default_value_t = 7.5, allow_negative_numbers = true, value_name = "SCALE")]
     pub guidance_scale: f64,
+    /// What to leave out for speed.
+    #[command(flatten)]
+    pub recipe: RecipeArgs,
     /// Calls before the measured ones, at most; two in a row that differ by less than 1 % are enough.
     #[arg(long, default_value_t = 3, value_name = "CALLS")]
     pub warmup: usize,
@@ -156,6 +160,7 @@ fn parameters(args: &BenchArgs, pipeline: &StableDiffusionPipeline) -> Generatio
         num_inference_steps: args.num_inference_steps,
         scheduler: args.scheduler,
         noise: None,
+        recipe: args.recipe.to_recipe(),
     }
 }
 

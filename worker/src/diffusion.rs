@@ -17,7 +17,7 @@
 //! pipeline.has_safety_checker() -> bool
 //!
 //! let requests = [ImageRequest { prompt, negative_prompt, seed, guidance_scale }, …];  // one microbatch
-//! let parameters = GenerationParameters { width, height, num_inference_steps, scheduler, noise: None };
+//! let parameters = GenerationParameters { width, height, num_inference_steps, scheduler, noise: None, recipe: Recipe::default() };
 //! pipeline.check_inputs(&requests, &parameters)?;        // every fault at once; `generate` repeats it
 //! let generation = pipeline.generate(&requests, &parameters, &mut |progress: &StepProgress| {
 //!     // Called after each denoising step of the microbatch:
@@ -60,7 +60,7 @@ pub use device::{ComputeDevice, ComputeDtype, DeviceError};
 pub use load_error::LoadError;
 pub use pipeline_stable_diffusion::{
     GeneratedImage, Generation, GenerationParameters, ImageError, ImageRequest, LoadOptions, NoiseKind,
-    PipelineError, StableDiffusionPipeline, Stage, StageSeconds, StepControl, StepProgress,
+    PipelineError, Recipe, StableDiffusionPipeline, Stage, StageSeconds, StepControl, StepProgress,
 };
 pub use safety_checker::SafetyVerdict;
 pub use schedulers::SchedulerKind;

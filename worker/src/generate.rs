@@ -3,6 +3,7 @@
 //! The picture is the one that the fleet makes from the same values. Standard output carries the result alone, as a
 //! sentence or, with `--json`, as one line of JSON; progress and warnings go to standard error.
 
+use std::fmt::Write as _;
 use std::io::Write as _;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
@@ -20,7 +21,7 @@ use crate::diffusion::models::autoencoder_kl::AutoencoderKLConfig;
 use crate::diffusion::pipeline_stable_diffusion::{InputFault, size_faults};
 use crate::diffusion::{
     ComputeDevice, ComputeDtype, GeneratedImage, GenerationParameters, ImageError, ImageRequest, LoadOptions,
-    PipelineError, SchedulerKind, StableDiffusionPipeline, StageSeconds, StepControl,
+    PipelineError, Recipe, SchedulerKind, StableDiffusionPipeline, StageSeconds, StepControl,
 };
 use crate::infotext::Parameters;
 
@@ -66,12 +67,40 @@ pub struct GenerateArgs {
     /// Threads of the CPU to use. More are faster on an idle machine, and change the picture's last bits.
     #[arg(long, value_name = "COUNT", default_value_t = NonZeroUsize::MIN)]
     pub cpu_threads: NonZeroUsize,
+    /// What to leave out for speed.
+    #[command(flatten)]
+    pub recipe: RecipeArgs,
     /// Where to write the picture, as PNG. A flagged picture is written black.
     #[arg(long, value_name = "FILE.png")]
     pub output: PathBuf,
     /// Print the result as one line of JSON.
     #[arg(long)]
     pub json: bool,
+}
+
+/// Ways to leave out work that change the picture; by default none is used.
+#[derive(Debug, Clone, Copy, clap::Args)]
+pub struct RecipeArgs {
+    /// First step with guidance, as a fraction of all steps. Steps without it are twice as fast, and change the picture.
+    #[arg(long, default_value_t = 0.0, value_name = "FRACTION")]
+    pub guidance_start: f64,
+    /// End of the steps with guidance, as a fraction of all steps.
+    #[arg(long, default_value_t = 1.0, value_name = "FRACTION")]
+    pub guidance_stop: f64,
+    /// Run the whole UNet every so many steps, and only its outermost layer between them (DeepCache). 2 to 5 are usual;
+    /// it changes the picture.
+    #[arg(long, default_value_t = 1, value_name = "STEPS")]
+    pub cache_interval: usize,
+}
+
+impl RecipeArgs {
+    /// In the model code's words.
+    pub fn to_recipe(self) -> Recipe {
+        Recipe {
+            guidance_interval: (self.guidance_start, self.guidance_stop),
+            cache_interval: self.cache_interval,
+        }
+    }
 }
 
 /// Arguments that break rules, all of them. The process should end with exit status 2.
@@ -107,6 +136,9 @@ struct Report<'a> {
     num_inference_steps: usize,
     guidance_scale: f64,
     scheduler: String,
+    /// Steps with guidance, as fractions of all.
+    guidance_interval: (f64, f64),
+    cache_interval: usize,
     device: String,
     dtype: String,
     /// How the first noise was drawn.
@@ -186,6 +218,8 @@ pub fn run(args: &GenerateArgs) -> anyhow::Result<()> {
         num_inference_steps: parameters.num_inference_steps,
         guidance_scale: request.guidance_scale,
         scheduler: parameters.scheduler.to_string(),
+        guidance_interval: parameters.recipe.guidance_interval,
+        cache_interval: parameters.recipe.cache_interval,
         device: valid.device.to_string(),
         dtype: valid.dtype.to_string(),
         noise: image.noise.to_string(),
@@ -253,6 +287,7 @@ fn parameters(
         num_inference_steps: args.num_inference_steps,
         scheduler,
         noise: None,
+        recipe: args.recipe.to_recipe(),
     })
 }
 
@@ -294,6 +329,7 @@ fn draw(
 fn infotext(args: &GenerateArgs, request: &ImageRequest, parameters: &GenerationParameters) -> String {
     let folder = args.model.canonicalize().unwrap_or_else(|_| args.model.clone());
     let model = folder.file_name().unwrap_or_default().to_string_lossy();
+    let recipe = parameters.recipe;
     let parameters = Parameters {
         prompt: &request.prompt,
         negative_prompt: &request.negative_prompt,
@@ -307,7 +343,17 @@ fn infotext(args: &GenerateArgs, request: &ImageRequest, parameters: &Generation
         model: &model,
         weights_sha256: None,
     };
-    parameters.to_infotext()
+    let mut infotext = parameters.to_infotext();
+    // A picture that is not the exact one says so.
+    if recipe != Recipe::default() {
+        let (start, stop) = recipe.guidance_interval;
+        let _ = write!(
+            infotext,
+            ", Guidance interval: {start}-{stop}, Cache interval: {}",
+            recipe.cache_interval
+        );
+    }
+    infotext
 }
 
 /// The picture as a PNG file's bytes.

@@ -12,7 +12,7 @@ use crate::diffusion::pipeline_stable_diffusion::{NoiseKind, StageSeconds};
 use crate::diffusion::rng::RngError;
 use crate::diffusion::schedulers::SchedulerError;
 use crate::diffusion::{
-    self, ComputeDevice, ComputeDtype, GenerationParameters, ImageError, ImageRequest, LoadOptions,
+    self, ComputeDevice, ComputeDtype, GenerationParameters, ImageError, ImageRequest, LoadOptions, Recipe,
     SchedulerKind, StepControl, StepProgress,
 };
 use crate::pipeline::{
@@ -146,6 +146,8 @@ fn parameters(spec: &ValidJobSpec) -> GenerationParameters {
         num_inference_steps: spec.num_inference_steps() as usize,
         scheduler: scheduler_kind(spec.noise_scheduler()),
         noise: None,
+        // Jobs cannot ask for another one yet: a picture's row has no place for it.
+        recipe: Recipe::default(),
     }
 }
 

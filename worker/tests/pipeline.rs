@@ -11,7 +11,7 @@ use serde::Deserialize;
 use tch::{Kind, Tensor};
 use worker::diffusion::{
     ComputeDtype, GeneratedImage, Generation, GenerationParameters, ImageError, ImageRequest, LoadOptions,
-    NoiseKind, PipelineError, SchedulerKind, StableDiffusionPipeline, StepControl, StepProgress,
+    NoiseKind, PipelineError, Recipe, SchedulerKind, StableDiffusionPipeline, StepControl, StepProgress,
 };
 
 /// A run of diffusers, in `<checkpoint>-stages/pipeline.json`.
@@ -27,9 +27,20 @@ struct Run {
     height: u32,
     width: u32,
     dtype: String,
+    /// Only in `recipes.json`.
+    guidance_interval: Option<(f64, f64)>,
+    cache_interval: Option<usize>,
 }
 
 impl Run {
+    fn recipe(&self) -> Recipe {
+        let exact = Recipe::default();
+        Recipe {
+            guidance_interval: self.guidance_interval.unwrap_or(exact.guidance_interval),
+            cache_interval: self.cache_interval.unwrap_or(exact.cache_interval),
+        }
+    }
+
     fn requests(&self) -> Vec<ImageRequest> {
         let prompts = self.prompts.iter().zip(&self.negative_prompts).zip(&self.seeds);
         prompts
@@ -49,6 +60,7 @@ impl Run {
             num_inference_steps: self.num_inference_steps,
             scheduler: self.scheduler.parse().unwrap(),
             noise: None,
+            recipe: self.recipe(),
         }
     }
 }
@@ -135,6 +147,30 @@ fn pictures_equal_diffusers_for_every_noise_scheduler() {
     }
 }
 
+/// What the recipes leave out, against loops written down over diffusers' own blocks (`golden/recipes.py`).
+#[test]
+fn recipes_leave_out_what_they_say() {
+    for checkpoint in CHECKPOINTS {
+        let pipeline = pipeline(checkpoint, &F32);
+        let expected = tensors(&format!("{checkpoint}-stages/recipes.safetensors"));
+        let path = golden_path(&format!("{checkpoint}-stages/recipes.json"));
+        let runs: Vec<Run> = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
+        assert_eq!(runs.len(), 4);
+        for run in &runs {
+            assert_ne!(run.recipe(), Recipe::default());
+            let (_, latents) = generate(&pipeline, &run.requests(), &run.parameters());
+            let exact = GenerationParameters { recipe: Recipe::default(), ..run.parameters() };
+            let (_, exact) = generate(&pipeline, &run.requests(), &exact);
+            let last = latents.len() - 1;
+            for (step, latents) in latents.iter().enumerate() {
+                let name = format!("{}.latents.{step}", run.name);
+                assert_close(&format!("{checkpoint} {name}"), latents, &expected[&name]);
+            }
+            assert!(max_difference(&latents[last], &exact[last]) > 1e-3, "{checkpoint} {}", run.name);
+        }
+    }
+}
+
 /// In half precision libtorch's kernels may round in another order than diffusers' Python did, and eight steps of
 /// guidance amplify it; the pictures must still be recognizably the same, and the noise is exactly the same.
 #[test]
@@ -184,7 +220,14 @@ fn three_requests() -> [ImageRequest; 3] {
 fn parameters(checkpoint: &str, scheduler: SchedulerKind) -> GenerationParameters {
     // Latents with an odd number of cells: the last noise of each picture would differ if they were drawn together.
     let (width, height) = if checkpoint == "tiny" { (26, 34) } else { (72, 56) };
-    GenerationParameters { width, height, num_inference_steps: 5, scheduler, noise: None }
+    GenerationParameters {
+        width,
+        height,
+        num_inference_steps: 5,
+        scheduler,
+        noise: None,
+        recipe: Recipe::default(),
+    }
 }
 
 /// Every number as its bits.
@@ -266,6 +309,7 @@ fn all_faults_of_the_inputs_are_named() {
         num_inference_steps: 0,
         scheduler: SchedulerKind::Pndm,
         noise: None,
+        recipe: Recipe::default(),
     };
     let requests = [request("", 1, f64::NAN)];
     let error = pipeline.generate(&requests, &parameters, &mut |_| StepControl::Continue).unwrap_err();

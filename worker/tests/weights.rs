@@ -36,6 +36,7 @@ fn draw(pipeline: &StableDiffusionPipeline) -> Result<Vec<u8>, ImageError> {
         num_inference_steps: 2,
         scheduler: SchedulerKind::Ddim,
         noise: None,
+        recipe: worker::diffusion::Recipe::default(),
     };
     let mut generation = pipeline.generate(&requests, &parameters, &mut |_| StepControl::Continue).unwrap();
     generation.images.pop().unwrap().map(|image| image.pixels)

@@ -14,7 +14,7 @@ use crate::diffusion::models::autoencoder_kl::AutoencoderKLConfig;
 use crate::diffusion::models::clip_text_model::CLIPTextConfig;
 use crate::diffusion::models::unet_2d_config::UNet2DConditionConfig;
 use crate::diffusion::safety_checker::SafetyCheckerConfig;
-use crate::diffusion::{ComputeDevice, GenerationParameters};
+use crate::diffusion::{ComputeDevice, GenerationParameters, Recipe};
 
 /// Operations in 10¹² of them.
 const TERA: f64 = 1e12;
@@ -31,6 +31,9 @@ pub struct Report {
     scheduler: String,
     num_inference_steps: usize,
     guidance_scale: f64,
+    /// Steps with guidance, as fractions of all.
+    guidance_interval: (f64, f64),
+    cache_interval: usize,
     width: u32,
     height: u32,
     peak_tflops: Option<f64>,
@@ -52,6 +55,8 @@ pub struct PictureFlops {
     text_encoder: i64,
     /// One sample, once.
     unet_forward: i64,
+    /// One sample, once, through the outermost layer only.
+    unet_cached: i64,
     /// One sample.
     vae_decode: i64,
     /// One picture; 0 without a checker.
@@ -147,11 +152,12 @@ impl Configs {
 }
 
 impl PictureFlops {
-    /// All operations of a picture whose UNet is called `num_steps` times, twice as often with guidance.
-    fn per_picture(&self, num_steps: usize, guided: bool) -> f64 {
-        let samples = num_steps * if guided { 2 } else { 1 };
+    /// All operations of a picture whose UNet is called `num_steps` times, twice as often with guidance; what the recipe
+    /// leaves out does not count.
+    fn per_picture(&self, num_steps: usize, guided: bool, recipe: &Recipe) -> f64 {
+        let (whole, cached) = recipe.num_samples(num_steps, guided);
         let rest = self.text_encoder + self.vae_decode + self.safety_checker;
-        rest as f64 + self.unet_forward as f64 * samples as f64
+        rest as f64 + self.unet_forward as f64 * whole as f64 + self.unet_cached as f64 * cached as f64
     }
 }
 
@@ -167,6 +173,8 @@ impl Report {
             scheduler: args.scheduler.to_string(),
             num_inference_steps: args.num_inference_steps,
             guidance_scale: args.guidance_scale,
+            guidance_interval: args.recipe.to_recipe().guidance_interval,
+            cache_interval: args.recipe.cache_interval,
             width: 0,
             height: 0,
             peak_tflops: args.peak_tflops,
@@ -186,6 +194,7 @@ impl Report {
         let flops = PictureFlops {
             text_encoder: text.forward_flops(),
             unet_forward: unet.forward_flops(height, width, text.max_position_embeddings),
+            unet_cached: unet.outermost_flops(height, width, text.max_position_embeddings),
             vae_decode: if self.denoise_only { 0 } else { vae.decode_flops(height, width) },
             safety_checker: match safety {
                 Some(safety) if !self.denoise_only => safety.forward_flops(),
@@ -247,7 +256,7 @@ impl Run {
     ) -> Self {
         let seconds = Spread::of(calls, |call| call.seconds);
         let images_per_second = bench.batch_size() as f64 / seconds.median;
-        let per_picture = flops.per_picture(calls[0].num_steps, bench.is_guided());
+        let per_picture = flops.per_picture(calls[0].num_steps, bench.is_guided(), &bench.parameters.recipe);
         let tflops_per_second = images_per_second * per_picture / TERA;
         let stage = |value: fn(&Call) -> f64| Spread::of(calls, value);
         Self {
@@ -286,10 +295,11 @@ mod tests {
         let flops = PictureFlops {
             text_encoder: 13_300_000_000,
             unet_forward: 803_273_441_000,
+            unet_cached: 0,
             vae_decode: 2_514_500_000_000,
             safety_checker: 162_000_000_000,
         };
-        assert_eq!(format!("{:.2}", flops.per_picture(51, true) / TERA), "84.62");
-        assert_eq!(format!("{:.2}", flops.per_picture(51, false) / TERA), "43.66");
+        assert_eq!(format!("{:.2}", flops.per_picture(51, true, &Recipe::default()) / TERA), "84.62");
+        assert_eq!(format!("{:.2}", flops.per_picture(51, false, &Recipe::default()) / TERA), "43.66");
     }
 }

@@ -87,6 +87,20 @@ impl UNet2DConditionConfig {
         flops + conv(pixels[0], channels[0], self.out_channels)
     }
 
+    /// As [`Self::forward_flops`], of the input and output convolutions and the last layer alone, which is what
+    /// `UNet2DConditionModel::forward_cached` runs.
+    pub fn outermost_flops(&self, height: i64, width: i64, text_length: i64) -> i64 {
+        let (channels, pixels) = (self.block_out_channels[0], height * width);
+        let transformer = match self.up_block_types.last() {
+            Some(BlockType::CrossAttn) => self.transformer_flops(0, pixels, text_length),
+            _ => 0,
+        };
+        conv(pixels, self.in_channels, channels)
+            + resnet(pixels, 2 * channels, channels, self.time_embed_dim)
+            + transformer
+            + conv(pixels, channels, self.out_channels)
+    }
+
     /// A `Transformer2DModel` at one resolution.
     fn transformer_flops(&self, level: usize, pixels: i64, text_length: i64) -> i64 {
         let (channels, text_channels) = (self.block_out_channels[level], self.cross_attention_dim[level]);

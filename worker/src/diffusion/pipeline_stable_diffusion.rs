@@ -10,6 +10,7 @@
 mod denoising;
 mod generation;
 mod loading;
+mod recipe;
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -23,6 +24,7 @@ pub use self::generation::{
     PipelineError, Stage, StageSeconds, StepControl, StepProgress, size_faults,
 };
 pub use self::loading::LoadOptions;
+pub use self::recipe::Recipe;
 use super::clip_image_processor::{CLIPImageProcessor, RgbPixels};
 use super::clip_tokenizer::CLIPTokenizer;
 use super::device::{ComputeDevice, prepare_thread};

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 import blocks
 import checkpoints
 import pipelines
+import recipes
 import schedules
 import stages
 
@@ -82,6 +83,7 @@ def main() -> None:
         for stage in (stages.text_encoder, stages.unet, stages.vae, stages.safety_checker):
             write_tensors(golden / f"{stage.__name__}.safetensors", stage(parts))
         write_json(golden / "tokens.json", stages.tokens(parts.tokenizer))
+        recipes.write(parts)
 
 
 if __name__ == "__main__":

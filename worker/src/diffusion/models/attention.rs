@@ -20,6 +20,12 @@ pub struct KeyValue {
 }
 
 impl KeyValue {
+    /// Some of the rows.
+    pub fn narrow(&self, start: i64, length: i64) -> Result<Self, TchError> {
+        let rows = |tensor: &Tensor| tensor.f_narrow(0, start, length);
+        Ok(Self { key: rows(&self.key)?, value: rows(&self.value)? })
+    }
+
     /// Those of several pictures as those of a batch.
     pub fn cat(parts: &[&Self]) -> Result<Self, TchError> {
         let cat = |part: fn(&Self) -> &Tensor| {

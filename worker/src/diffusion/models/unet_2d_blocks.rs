@@ -365,8 +365,32 @@ impl UpBlock {
         }
     }
 
+    /// The last layer alone, which makes the block's output where the block has no upsampler: on `hidden_states`, what the
+    /// layer before it gave, and `res_sample`, the first of those that the down blocks pushed for this block.
+    pub fn forward_last(
+        &self,
+        hidden_states: &Tensor,
+        time: &[Tensor],
+        res_sample: &Tensor,
+        text: &[Vec<KeyValue>],
+    ) -> Result<Tensor, TchError> {
+        let (resnets, attentions) = match self {
+            Self::CrossAttn(block) => (&block.resnets, &block.attentions[..]),
+            Self::Plain(block) => (&block.resnets, &[][..]),
+        };
+        let mut hidden_states = Tensor::f_cat(&[hidden_states, res_sample], 1)?;
+        if let Some(resnet) = resnets.last() {
+            hidden_states = resnet.forward(&hidden_states, time.last())?;
+        }
+        match attentions.last() {
+            Some(attention) => attention.forward(&hidden_states, text_of(text, attentions.len() - 1)),
+            None => Ok(hidden_states),
+        }
+    }
+
     /// The block's output, upsampled to `upsample_size` (height, width) or, without it, doubled. `res_samples` are
-    /// those that the down blocks pushed, in that order, one for each ResNet; the last is used first.
+    /// those that the down blocks pushed, in that order, one for each ResNet; the last is used first. With one of them
+    /// missing, the block ends before its last layer, without upsampling.
     pub fn forward(
         &self,
         hidden_states: &Tensor,

@@ -54,6 +54,18 @@ impl UNetTime {
 }
 
 impl UNetText {
+    /// Some of the rows.
+    pub fn narrow(&self, start: i64, length: i64) -> Result<Self, TchError> {
+        let block = |transformers: &Vec<Vec<KeyValue>>| -> Result<Vec<Vec<KeyValue>>, TchError> {
+            let layers =
+                |layers: &Vec<KeyValue>| layers.iter().map(|layer| layer.narrow(start, length)).collect();
+            transformers.iter().map(layers).collect()
+        };
+        let blocks =
+            |blocks: &Vec<Vec<Vec<KeyValue>>>| blocks.iter().map(block).collect::<Result<Vec<_>, _>>();
+        Ok(Self { down: blocks(&self.down)?, mid: block(&self.mid)?, up: blocks(&self.up)? })
+    }
+
     /// Those of several pictures, of one UNet, as those of a batch.
     pub fn cat(parts: &[&Self]) -> Result<Self, TchError> {
         let Some(first) = parts.first() else {
@@ -153,17 +165,65 @@ impl UNet2DConditionModel {
     /// The noise predicted in `sample`, of the same shape `(batch_size, in_channels, height, width)` and dtype. `time`
     /// is the same for the whole batch, `text` has as many rows.
     pub fn forward(&self, sample: &Tensor, time: &UNetTime, text: &UNetText) -> Result<Tensor, TchError> {
-        let (_, _, height, width) = sample.size4()?;
+        let first = self.conv_in(sample)?;
+        let deep = self.forward_deep(&first, time, text)?;
+        self.forward_outermost(&first, &deep, time, text)
+    }
+
+    /// As [`Self::forward`], and what all layers but the outermost made, for [`Self::forward_cached`].
+    pub fn forward_and_keep(
+        &self,
+        sample: &Tensor,
+        time: &UNetTime,
+        text: &UNetText,
+    ) -> Result<(Tensor, Tensor), TchError> {
+        let first = self.conv_in(sample)?;
+        let deep = self.forward_deep(&first, time, text)?;
+        Ok((self.forward_outermost(&first, &deep, time, text)?, deep))
+    }
+
+    /// As [`Self::forward`], with what all layers but the outermost made of an earlier `sample` of the same shape.
+    pub fn forward_cached(
+        &self,
+        sample: &Tensor,
+        deep: &Tensor,
+        time: &UNetTime,
+        text: &UNetText,
+    ) -> Result<Tensor, TchError> {
+        self.forward_outermost(&self.conv_in(sample)?, deep, time, text)
+    }
+
+    fn conv_in(&self, sample: &Tensor) -> Result<Tensor, TchError> {
+        if self.center_input_sample {
+            return self.conv_in.forward(&sample.f_mul_scalar(2.0)?.f_sub_scalar(1.0)?);
+        }
+        self.conv_in.forward(sample)
+    }
+
+    /// The last layer of the last up block, and the output convolution. `first` is [`Self::conv_in`]'s output, `deep`
+    /// [`Self::forward_deep`]'s.
+    fn forward_outermost(
+        &self,
+        first: &Tensor,
+        deep: &Tensor,
+        time: &UNetTime,
+        text: &UNetText,
+    ) -> Result<Tensor, TchError> {
+        let hidden_states = match (self.up_blocks.last(), time.up.last(), text.up.last()) {
+            (Some(block), Some(time), Some(text)) => block.forward_last(deep, time, first, text)?,
+            _ => deep.shallow_clone(),
+        };
+        self.conv_out.forward(&self.conv_norm_out.forward(&hidden_states)?.f_silu_()?)
+    }
+
+    /// Everything between [`Self::conv_in`] and [`Self::forward_outermost`].
+    fn forward_deep(&self, first: &Tensor, time: &UNetTime, text: &UNetText) -> Result<Tensor, TchError> {
+        let (_, _, height, width) = first.size4()?;
         let upsample_factor = 1 << (self.up_blocks.len() - 1);
         let forward_upsample_size = height % upsample_factor != 0 || width % upsample_factor != 0;
 
-        let mut hidden_states = if self.center_input_sample {
-            self.conv_in.forward(&sample.f_mul_scalar(2.0)?.f_sub_scalar(1.0)?)?
-        } else {
-            self.conv_in.forward(sample)?
-        };
-
-        let mut res_samples = vec![hidden_states.shallow_clone()];
+        let mut hidden_states = first.shallow_clone();
+        let mut res_samples = vec![first.shallow_clone()];
         for (block, (time, text)) in self.down_blocks.iter().zip(time.down.iter().zip(&text.down)) {
             hidden_states = block.forward(&hidden_states, time, text, &mut res_samples)?;
         }
@@ -171,8 +231,9 @@ impl UNet2DConditionModel {
         hidden_states = self.mid_block.forward(&hidden_states, &time.mid, &text.mid)?;
 
         for (block, (time, text)) in self.up_blocks.iter().zip(time.up.iter().zip(&text.up)) {
-            let block_res_samples =
-                res_samples.split_off(res_samples.len().saturating_sub(block.num_resnets()));
+            // The first of all is left for the outermost layer.
+            let start = res_samples.len().saturating_sub(block.num_resnets()).max(1);
+            let block_res_samples = res_samples.split_off(start);
             // Halving an odd size rounded up, so doubling it back gives one too many: grow to the size of the skip
             // connection that comes next instead.
             let upsample_size = match res_samples.last() {
@@ -184,8 +245,7 @@ impl UNet2DConditionModel {
             };
             hidden_states = block.forward(&hidden_states, time, block_res_samples, text, upsample_size)?;
         }
-
-        self.conv_out.forward(&self.conv_norm_out.forward(&hidden_states)?.f_silu_()?)
+        Ok(hidden_states)
     }
 }
 

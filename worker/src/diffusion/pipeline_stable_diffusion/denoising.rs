@@ -13,6 +13,7 @@ use super::super::schedulers::Scheduler;
 use super::generation::{
     GenerationParameters, ImageError, ImageRequest, PipelineError, Stage, StepControl, StepProgress,
 };
+use super::recipe::Recipe;
 use super::{Encoded, StableDiffusionPipeline, is_finite};
 
 /// One picture on its way from noise to latents.
@@ -25,6 +26,10 @@ struct Picture {
     scheduler: Box<dyn Scheduler + Send>,
     /// What the UNet attends to: one row, or two with guidance, the negative prompt's first.
     text: UNetText,
+    /// Its last row, for steps without guidance of a picture that has some.
+    text_alone: Option<UNetText>,
+    /// What the UNet's inner layers made at the last step that ran them all, if a later one will use it.
+    deep: Option<Tensor>,
     /// `None` without guidance.
     guidance_scale: Option<f64>,
 }
@@ -35,8 +40,9 @@ pub(super) struct Denoising<'p> {
     pictures: Vec<Picture>,
     /// What the UNet makes of each step, in the order of the steps.
     times: Vec<UNetTime>,
-    /// On a GPU, the texts of all `pictures` in one.
-    text_together: Option<UNetText>,
+    /// On a GPU, the texts of all `pictures` in one, and whether they are those of steps with guidance.
+    text_together: Option<(bool, UNetText)>,
+    recipe: Recipe,
     finished: Vec<Result<Tensor, ImageError>>,
 }
 
@@ -58,6 +64,7 @@ impl<'p> Denoising<'p> {
             pipeline,
             times,
             text_together: None,
+            recipe: parameters.recipe,
             // What a picture dropped before its first step would be; each is overwritten below.
             finished: requests.iter().map(|_| Err(ImageError::Dropped { step_index: 0 })).collect(),
             pictures,
@@ -71,10 +78,11 @@ impl<'p> Denoising<'p> {
     ) -> Result<Vec<Result<Tensor, ImageError>>, PipelineError> {
         let num_steps = self.times.len();
         for (step_index, time) in std::mem::take(&mut self.times).iter().enumerate() {
+            let step = Step::of(&self.recipe, step_index, num_steps);
             match self.pipeline.options.device {
-                ComputeDevice::Cuda(_) => self.step_together(step_index, time)?,
+                ComputeDevice::Cuda(_) => self.step_together(step, time)?,
                 ComputeDevice::Cpu => {
-                    step_side_by_side(&self.pipeline.unet, &mut self.pictures, step_index, time)?;
+                    step_side_by_side(&self.pipeline.unet, &mut self.pictures, step, time)?;
                 }
             }
             let active: Vec<usize> = self.pictures.iter().map(|picture| picture.index).collect();
@@ -107,23 +115,75 @@ impl<'p> Denoising<'p> {
     }
 
     /// One denoising step in which the UNet sees all pictures at once.
-    fn step_together(&mut self, step_index: usize, time: &UNetTime) -> Result<(), PipelineError> {
-        let inputs = self.pictures.iter().map(|picture| picture.model_input(step_index));
+    fn step_together(&mut self, step: Step, time: &UNetTime) -> Result<(), PipelineError> {
+        let inputs = self.pictures.iter().map(|picture| picture.model_input(step));
         let inputs = inputs.collect::<Result<Vec<_>, _>>()?;
         // All have guidance or none has, so all inputs have as many rows.
         let Some(rows) = inputs.first().and_then(|input| input.size().first().copied()) else {
             return Ok(());
         };
         let text = match self.text_together.take() {
-            Some(text) => text,
-            None => UNetText::cat(&self.pictures.iter().map(|picture| &picture.text).collect::<Vec<_>>())?,
+            Some((is_guided, text)) if is_guided == step.is_guided => text,
+            _ => UNetText::cat(&self.pictures.iter().map(|picture| picture.text(step)).collect::<Vec<_>>())?,
         };
-        let noise_pred = self.pipeline.unet.forward(&Tensor::f_cat(&inputs, 0)?, time, &text)?;
-        for (picture, noise_pred) in self.pictures.iter_mut().zip(noise_pred.f_split(rows, 0)?) {
-            picture.step(&noise_pred, step_index)?;
+        let deep: Vec<&Tensor> = self.pictures.iter().filter_map(|picture| picture.deep.as_ref()).collect();
+        let mut deep = if step.is_cached { Some(Tensor::f_cat(&deep, 0)?) } else { None };
+        let noise_pred =
+            step.predict(&self.pipeline.unet, &Tensor::f_cat(&inputs, 0)?, time, &text, &mut deep)?;
+        if let (false, Some(deep)) = (step.is_cached, deep) {
+            for (picture, deep) in self.pictures.iter_mut().zip(deep.f_split(rows, 0)?) {
+                picture.deep = Some(deep);
+            }
         }
-        self.text_together = Some(text);
+        for (picture, noise_pred) in self.pictures.iter_mut().zip(noise_pred.f_split(rows, 0)?) {
+            picture.step(&noise_pred, step)?;
+        }
+        self.text_together = Some((step.is_guided, text));
         Ok(())
+    }
+}
+
+/// What a step is, by its place in the schedule and the recipe.
+#[derive(Debug, Clone, Copy)]
+struct Step {
+    index: usize,
+    /// Whether pictures that have guidance have it here.
+    is_guided: bool,
+    /// Whether only the UNet's outermost layer is run.
+    is_cached: bool,
+    /// Whether what the inner layers make is needed later.
+    is_kept: bool,
+}
+
+impl Step {
+    fn of(recipe: &Recipe, index: usize, num_steps: usize) -> Self {
+        let is_cached = recipe.is_cached(index, num_steps);
+        Self {
+            index,
+            is_guided: recipe.is_guided(index, num_steps),
+            is_cached,
+            is_kept: !is_cached && recipe.cache_interval > 1,
+        }
+    }
+
+    /// The UNet's prediction; `deep` is what its inner layers make, read or written as the step is.
+    fn predict(
+        self,
+        unet: &UNet2DConditionModel,
+        sample: &Tensor,
+        time: &UNetTime,
+        text: &UNetText,
+        deep: &mut Option<Tensor>,
+    ) -> Result<Tensor, TchError> {
+        match deep {
+            Some(deep) if self.is_cached => unet.forward_cached(sample, deep, time, text),
+            deep if self.is_kept => {
+                let (noise_pred, made) = unet.forward_and_keep(sample, time, text)?;
+                *deep = Some(made);
+                Ok(noise_pred)
+            }
+            _ => unet.forward(sample, time, text),
+        }
     }
 }
 
@@ -157,21 +217,36 @@ impl Picture {
             (prompt_embeds.shallow_clone(), None)
         };
         let text = pipeline.unet.project_text(&prompt_embeds)?;
-        Ok(Self { index, latents, generator, scheduler, text, guidance_scale })
+        let is_always_guided = parameters.recipe.guidance_interval == Recipe::default().guidance_interval;
+        let text_alone = match guidance_scale {
+            Some(_) if !is_always_guided => Some(text.narrow(1, 1)?),
+            _ => None,
+        };
+        Ok(Self { index, latents, generator, scheduler, text, text_alone, deep: None, guidance_scale })
+    }
+
+    /// The weight of guidance, if the step has it.
+    fn guidance_scale(&self, step: Step) -> Option<f64> {
+        self.guidance_scale.filter(|_| step.is_guided)
+    }
+
+    /// What the UNet attends to, as many rows as [`Self::model_input`] has.
+    fn text(&self, step: Step) -> &UNetText {
+        self.text_alone.as_ref().filter(|_| !step.is_guided).unwrap_or(&self.text)
     }
 
     /// What the UNet is shown, as many times as it has embeddings to predict with.
-    fn model_input(&self, step_index: usize) -> Result<Tensor, PipelineError> {
-        let scaled = self.scheduler.scale_model_input(&self.latents, step_index)?;
-        match self.guidance_scale {
+    fn model_input(&self, step: Step) -> Result<Tensor, PipelineError> {
+        let scaled = self.scheduler.scale_model_input(&self.latents, step.index)?;
+        match self.guidance_scale(step) {
             Some(_) => Ok(Tensor::f_cat(&[&scaled, &scaled], 0)?),
             None => Ok(scaled),
         }
     }
 
     /// Applies the UNet's prediction, of the shape of [`Self::model_input`].
-    fn step(&mut self, noise_pred: &Tensor, step_index: usize) -> Result<(), PipelineError> {
-        let guided = match self.guidance_scale {
+    fn step(&mut self, noise_pred: &Tensor, step: Step) -> Result<(), PipelineError> {
+        let guided = match self.guidance_scale(step) {
             Some(guidance_scale) => {
                 let noise_pred_uncond = noise_pred.f_narrow(0, 0, 1)?;
                 let noise_pred_text = noise_pred.f_narrow(0, 1, 1)?;
@@ -183,7 +258,7 @@ impl Picture {
             None => noise_pred.shallow_clone(),
         };
         let generators = std::slice::from_mut(&mut self.generator);
-        self.latents = self.scheduler.step(&guided, step_index, &self.latents, generators)?;
+        self.latents = self.scheduler.step(&guided, step.index, &self.latents, generators)?;
         Ok(())
     }
 }
@@ -192,14 +267,16 @@ impl Picture {
 fn step_side_by_side(
     unet: &UNet2DConditionModel,
     pictures: &mut [Picture],
-    step_index: usize,
+    step: Step,
     time: &UNetTime,
 ) -> Result<(), PipelineError> {
     let shared = ReadByMany((unet, time));
     for_each_side_by_side(pictures, pictures_at_once(), &|picture: &mut Picture| {
         let (unet, time) = shared.get();
-        let noise_pred = unet.forward(&picture.model_input(step_index)?, time, &picture.text)?;
-        picture.step(&noise_pred, step_index)
+        let (input, mut deep) = (picture.model_input(step)?, picture.deep.take());
+        let noise_pred = step.predict(unet, &input, time, picture.text(step), &mut deep)?;
+        picture.deep = deep;
+        picture.step(&noise_pred, step)
     })
 }
 

@@ -10,6 +10,7 @@ use super::super::rng::RngError;
 use super::super::safety_checker::SafetyVerdict;
 use super::super::schedulers::{SchedulerError, SchedulerKind};
 use super::StableDiffusionPipeline;
+use super::recipe::Recipe;
 
 /// One picture of a microbatch.
 #[derive(Debug, Clone, PartialEq)]
@@ -32,7 +33,7 @@ impl ImageRequest {
 }
 
 /// What the pictures of a microbatch share.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct GenerationParameters {
     /// Pixels in a row; a multiple of the VAE's scale factor.
     pub width: u32,
@@ -44,6 +45,8 @@ pub struct GenerationParameters {
     pub scheduler: SchedulerKind,
     /// How the first noise is drawn; `None` is diffusers' way, in the compute dtype.
     pub noise: Option<NoiseKind>,
+    /// What is left out for speed; by default nothing.
+    pub recipe: Recipe,
 }
 
 /// The dtype in which PyTorch's CPU generator draws the first noise. For one seed they are unrelated pictures, so it is
@@ -267,6 +270,7 @@ impl StableDiffusionPipeline {
         parameters: &GenerationParameters,
     ) -> Result<(), PipelineError> {
         let mut faults = size_faults(parameters.width, parameters.height, self.vae_scale_factor());
+        faults.extend(parameters.recipe.faults());
         let mut refuse = |parameter, rule: String, value: String| {
             faults.push(InputFault { parameter, rule, value });
         };

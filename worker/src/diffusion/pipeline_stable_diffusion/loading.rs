@@ -65,13 +65,20 @@ enum WeightSource {
     Drawn(u64),
 }
 
+/// What was drawn for one component.
+struct DrawnComponent {
+    component: &'static str,
+    stem: &'static str,
+    tensors: Vec<DrawnTensor>,
+}
+
 /// A checkpoint being read, with the faults found so far.
 struct Loading<'d> {
     directory: &'d Path,
     options: LoadOptions,
     source: WeightSource,
     /// The tensors of each component, if they are drawn.
-    drawn: Vec<(&'static str, &'static str, Vec<DrawnTensor>)>,
+    drawn: Vec<DrawnComponent>,
     faults: Vec<Fault>,
 }
 
@@ -94,7 +101,7 @@ impl StableDiffusionPipeline {
     pub fn save_drawn_weights(directory: &Path, seed: u64) -> Result<(), LoadError> {
         let options = LoadOptions { device: ComputeDevice::Cpu, dtype: ComputeDtype::F32 };
         let (_, drawn) = Loading::new(directory, options, WeightSource::Drawn(seed)).run()?;
-        for (component, stem, tensors) in drawn {
+        for DrawnComponent { component, stem, tensors } in drawn {
             let file = format!("{component}/{stem}.safetensors");
             DrawnWeights::new(component, seed).save(&tensors, &directory.join(&file)).map_err(|error| {
                 let faults = vec![Fault::Safetensors { file, reason: error.to_string() }];
@@ -111,10 +118,7 @@ impl<'d> Loading<'d> {
     }
 
     /// The pipeline, and what was drawn for it.
-    fn run(
-        mut self,
-    ) -> Result<(StableDiffusionPipeline, Vec<(&'static str, &'static str, Vec<DrawnTensor>)>), LoadError>
-    {
+    fn run(mut self) -> Result<(StableDiffusionPipeline, Vec<DrawnComponent>), LoadError> {
         let failed = |faults| LoadError { directory: self.directory.to_owned(), faults };
         self.options.device.open().map_err(|error| failed(vec![error.into()]))?;
         let start = Instant::now();
@@ -303,7 +307,7 @@ impl<'d> Loading<'d> {
         };
         let model = load(&file.root(), config?);
         if matches!(self.source, WeightSource::Drawn(_)) {
-            self.drawn.push((component, stem, file.asked_for()));
+            self.drawn.push(DrawnComponent { component, stem, tensors: file.asked_for() });
         }
         self.faults.extend(file.into_faults());
         match model {
