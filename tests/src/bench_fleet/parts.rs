@@ -193,6 +193,8 @@ async fn register(catalog: &PgCatalog, model: &Model) -> WorkerId {
         device: "cpu".to_owned(),
         dtype: "f32".to_owned(),
         version: "0".to_owned(),
+        lease_seconds: 120,
+        max_microbatch: 8,
     };
     catalog.register_worker(&worker).await.expect("a worker is registered");
     worker_id

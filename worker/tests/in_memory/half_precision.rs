@@ -6,7 +6,7 @@ use schema::{ErrorClass, JobState};
 use serde_json::json;
 use worker::diffusion::{
     ComputeDevice, ComputeDtype, GenerationParameters, ImageError, ImageRequest, LoadOptions, NoiseKind,
-    SchedulerKind, Stage, StepControl,
+    Recipe, SchedulerKind, Stage, StepControl,
 };
 use worker::stable_diffusion::StableDiffusionPipeline;
 
@@ -43,6 +43,7 @@ fn drawn_alone(checkpoint: &Checkpoint, row: &Row, options: &LoadOptions) -> Res
         num_inference_steps: spec.num_inference_steps() as usize,
         scheduler: SchedulerKind::Pndm,
         noise: Some(NoiseKind::CpuF16),
+        recipe: Recipe::default(),
     };
     let pipeline = checkpoint.load_as(options).unwrap();
     let mut generation = pipeline.generate(&[request], &parameters, &mut |_| StepControl::Continue).unwrap();
