@@ -13,7 +13,7 @@ use std::fs::File;
 use std::ops::Div;
 use std::path::Path;
 
-use memmap2::Mmap;
+use memmap2::{Advice, Mmap};
 use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorInfo};
 use tch::{Device, Kind, TchError, Tensor};
@@ -96,6 +96,8 @@ impl WeightFile {
         // SAFETY: the map is read while the model is loaded and then dropped. A checkpoint is not rewritten in place
         // while workers load it: installing one means writing new files.
         let map = unsafe { Mmap::map(&handle) }.map_err(unreadable)?;
+        // All of it will be needed: the kernel reads ahead while the tensors before are copied. Advice may be refused.
+        let _ = map.advise(Advice::WillNeed);
         let (header_length, metadata) = SafeTensors::read_metadata(&map)
             .map_err(|error| Fault::Safetensors { file: file.to_owned(), reason: error.to_string() })?;
         let mut faults = Vec::new();
