@@ -60,6 +60,17 @@ pub struct Costs {
     pub lease: f64,
 }
 
+/// Milliseconds of processor time a picture of each part alone: of the servers, and of this program as their client.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub struct Alone {
+    /// Messages published, consumed and acknowledged.
+    pub broker: f64,
+    /// Objects put.
+    pub put: f64,
+    /// The claiming and completing statements.
+    pub claim_and_complete: f64,
+}
+
 /// Picks a cost.
 type CostOf = fn(&Costs) -> f64;
 
@@ -76,7 +87,19 @@ pub struct Report {
     pub repetitions: Vec<Rates>,
     /// Each repetition's costs.
     pub costs: Vec<Costs>,
+    /// Each repetition's costs of the parts alone.
+    pub alone: Vec<Alone>,
 }
+
+/// The processes of the fleet's run.
+const COSTS: [(&str, CostOf); 6] = [
+    ("darkroom submit", |costs| costs.submit),
+    ("darkroom serve", |costs| costs.scheduler),
+    ("RabbitMQ", |costs| costs.broker),
+    ("PostgreSQL", |costs| costs.postgres),
+    ("S3 server", |costs| costs.s3),
+    ("workers", |costs| costs.workers),
+];
 
 /// A running fleet without work, and the processes whose time is counted.
 struct Running {
@@ -98,26 +121,37 @@ pub async fn run(size: Size, repetitions: u32, tell: impl Fn(&str)) -> Report {
         microbatch: size.microbatch,
         repetitions: Vec::new(),
         costs: Vec::new(),
+        alone: Vec::new(),
     };
+    // Of this program and all below it, the idle worker and scheduler with the servers: what a part costs alone.
+    let used = || cpu::tree_seconds(std::process::id());
     let running = start(&servers, size).await;
     // Everything is connected, warm and has its statements prepared.
     one_batch(&running, size.jobs.min(500)).await;
     for repetition in 1..=repetitions {
         let (batch_id, fleet, costs) = one_batch(&running, size.jobs).await;
         let job_ids = parts::job_ids(&running.fleet, &batch_id).await;
-        let (publish, consume) = parts::broker(&running.fleet, &job_ids, size).await;
         let png = any_object(&running.fleet, &batch_id).await;
+        let mut marks = vec![used()];
+        let (publish, consume) = parts::broker(&running.fleet, &job_ids, size).await;
+        marks.push(used());
         let put = parts::puts(&running.fleet, &job_ids, &png, size).await;
+        marks.push(used());
         // In a database of its own, where nobody else claims.
         let owed = alone.submit(&"a prompt\n".repeat(size.jobs as usize), &SMALL);
         let job_ids = parts::job_ids(&alone, &owed).await;
+        marks.push(used());
         let claim_and_complete = parts::claim_and_complete(&alone, &job_ids, size).await;
+        marks.push(used());
+        let cost = |of: usize| (marks[of + 1] - marks[of]) * 1e3 / f64::from(size.jobs);
+        let part_costs = Alone { broker: cost(0), put: cost(1), claim_and_complete: cost(3) };
         let bare_rows = parts::bare_rows(&alone, &owed, size).await;
         let held = alone.submit(&"a prompt\n".repeat(2 * size.microbatch as usize), &SMALL);
         let lease = parts::leases(&alone, &parts::job_ids(&alone, &held).await).await;
         let costs = Costs { lease, ..costs };
         let rates = Rates { fleet, publish, consume, put, claim_and_complete, bare_rows };
-        tell(&format!("{repetition}/{repetitions}: {rates:.0?} {costs:.3?}"));
+        tell(&format!("{repetition}/{repetitions}: {rates:.0?} {costs:.3?} {part_costs:.3?}"));
+        report.alone.push(part_costs);
         report.repetitions.push(rates);
         report.costs.push(costs);
     }
@@ -203,6 +237,23 @@ impl Report {
         ]
     }
 
+    /// What each part costs alone, in milliseconds of processor time a picture.
+    pub fn costs_alone(&self) -> [(&'static str, f64); 3] {
+        let middle = |of: fn(&Alone) -> f64| median(self.alone.iter().map(of).collect());
+        [
+            ("broker: publish to ack", middle(|alone| alone.broker)),
+            ("S3 server: PUT", middle(|alone| alone.put)),
+            ("Postgres: claim + complete", middle(|alone| alone.claim_and_complete)),
+        ]
+    }
+
+    /// What the costliest part costs alone over what the fleet costs: the ratio of rates where only processors limit both. Unlike the
+    /// rates it says the same on a machine that others use too.
+    pub fn ratio_of_costs(&self) -> f64 {
+        let costliest = self.costs_alone().iter().map(|(_, cost)| *cost).fold(0.0, f64::max);
+        costliest / COSTS.iter().map(|(_, of)| self.cost(of)).sum::<f64>()
+    }
+
     /// The fleet's rate over that of the slowest part.
     pub fn ratio(&self) -> f64 {
         self.fleet() / self.parts().iter().map(|(_, rate)| *rate).fold(f64::INFINITY, f64::min)
@@ -224,19 +275,20 @@ impl fmt::Display for Report {
         }
         writeln!(f, "\nof the slowest part alone: {:.0} %\n", self.ratio() * 100.0)?;
         writeln!(f, "processor time a picture in the fleet's run, ms")?;
-        let costs: [(&str, CostOf); 6] = [
-            ("darkroom submit", |costs| costs.submit),
-            ("darkroom serve", |costs| costs.scheduler),
-            ("RabbitMQ", |costs| costs.broker),
-            ("PostgreSQL", |costs| costs.postgres),
-            ("S3 server", |costs| costs.s3),
-            ("workers", |costs| costs.workers),
-        ];
-        for (name, of) in costs {
+        for (name, of) in COSTS {
             writeln!(f, "{name:30} {:10.3}", self.cost(of))?;
         }
-        let total: f64 = costs.iter().map(|(_, of)| self.cost(of)).sum();
+        let total: f64 = COSTS.iter().map(|(_, of)| self.cost(of)).sum();
         writeln!(f, "{:30} {total:10.3}", "all")?;
+        writeln!(f, "\nand of each part alone, its client included, ms")?;
+        for (name, cost) in self.costs_alone() {
+            writeln!(f, "{name:30} {cost:10.3}")?;
+        }
+        writeln!(
+            f,
+            "by processor time, of the costliest part alone: {:.0} %\n",
+            self.ratio_of_costs() * 100.0
+        )?;
         write!(f, "{:30} {:10.3}", "PostgreSQL, leases, a second", self.cost(|costs| costs.lease))
     }
 }

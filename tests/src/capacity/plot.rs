@@ -67,7 +67,9 @@ pub fn draw(title: &str, curves: &[Curve]) -> RgbImage {
             };
             // What the GPUs alone would draw, dotted.
             let (from, to) = ends(|curve, gpus| gpus as f64 * curve.workload.pictures_per_second);
-            dotted(&mut canvas, from, to, color);
+            if to.1 >= TOP as f32 {
+                dotted(&mut canvas, from, to, color);
+            }
             let (from, to) =
                 (place(pair[0].gpus, pair[0].outcome.rate), place(pair[1].gpus, pair[1].outcome.rate));
             line(&mut canvas, from, to, color);
@@ -78,7 +80,7 @@ pub fn draw(title: &str, curves: &[Curve]) -> RgbImage {
         let fed = curve.fed().map_or("none".to_owned(), |point| point.gpus.to_string());
         let last = curve.points.last().map_or("", |point| point.outcome.busiest());
         let legend = format!("{}: {fed} GPUs fed, then {last} binds", curve.name);
-        text(&mut canvas, &legend, (LEFT + 12, TOP + 8 + row * 20), color);
+        text(&mut canvas, &legend, (WIDTH - RIGHT - 400, HEIGHT - BOTTOM - 60 + row * 20), color);
     }
     text(&mut canvas, title, (LEFT, 16), BLACK);
     text(&mut canvas, "GPUs", (WIDTH / 2, HEIGHT - 28), BLACK);
