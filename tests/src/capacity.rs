@@ -95,6 +95,12 @@ impl Curve {
     pub fn fed(&self) -> Option<Point> {
         self.points.iter().rev().find(|point| point.outcome.gpu_share >= 0.97).copied()
     }
+
+    /// What is busiest in the smallest fleet that is not fed.
+    pub fn binds_first(&self) -> &'static str {
+        let hungry = self.points.iter().find(|point| point.outcome.gpu_share < 0.97);
+        hungry.map_or("nothing", |point| point.outcome.busiest())
+    }
 }
 
 impl fmt::Display for Curve {
@@ -118,7 +124,9 @@ impl fmt::Display for Curve {
             )?;
         }
         match self.fed() {
-            Some(Point { gpus, .. }) => write!(f, "fed at 97 % or more: {gpus} GPUs"),
+            Some(Point { gpus, .. }) => {
+                write!(f, "fed at 97 % or more: {gpus} GPUs; then {} binds", self.binds_first())
+            }
             None => write!(f, "fed at 97 % or more: none of these"),
         }
     }

@@ -78,8 +78,7 @@ pub fn draw(title: &str, curves: &[Curve]) -> RgbImage {
             dot(&mut canvas, place(point.gpus, point.outcome.rate), color);
         }
         let fed = curve.fed().map_or("none".to_owned(), |point| point.gpus.to_string());
-        let last = curve.points.last().map_or("", |point| point.outcome.busiest());
-        let legend = format!("{}: {fed} GPUs fed, then {last} binds", curve.name);
+        let legend = format!("{}: {fed} GPUs fed, then {} binds", curve.name, curve.binds_first());
         text(&mut canvas, &legend, (WIDTH - RIGHT - 400, HEIGHT - BOTTOM - 60 + row * 20), color);
     }
     text(&mut canvas, title, (LEFT, 16), BLACK);

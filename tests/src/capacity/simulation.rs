@@ -59,7 +59,7 @@ impl Outcome {
     pub fn busiest(&self) -> &'static str {
         let (name, share) =
             if self.postgres >= self.broker { ("Postgres", self.postgres) } else { ("broker", self.broker) };
-        if self.relay > share + 0.05 { "relay" } else { name }
+        if self.relay > share + 0.1 { "relay" } else { name }
     }
 }
 
