@@ -284,23 +284,18 @@ pub const GUARDS: &[Guard] = &[
     },
     Guard {
         promise: "P7",
-        what: "a lease is extended only as it was given: its token, its state, and the final state behind them",
+        what: "a lease is extended only while the job runs for its worker",
         cuts: &[
             Cut {
                 file: "schema/src/catalog/claims.rs",
-                text: "USING (job_id, lease_generation)\n                WHERE state = 'running' AND leased_by = $3",
-                replacement: "USING (job_id)\n                WHERE leased_by = $3 OR leased_by IS NULL",
+                text: "USING (job_id, lease_generation)\n                WHERE state = 'running' AND leased_by = $3\n            ), due AS (",
+                replacement: "USING (job_id, lease_generation)\n            ), due AS (",
             },
+            // A job that does not run has no end of its lease.
             Cut {
                 file: "schema/src/catalog/claims.rs",
-                text: "FROM held WHERE jobs.job_id = held.job_id AND jobs.state = 'running'\n            RETURNING jobs.job_id\";",
-                replacement: "FROM held WHERE jobs.job_id = held.job_id RETURNING jobs.job_id\";",
-            },
-            FINAL_ABSORBS,
-            Cut {
-                file: "migrations/0005_jobs.sql",
-                text: "AND (state = 'running') = (lease_expires_at IS NOT NULL)),",
-                replacement: "),",
+                text: "SELECT job_id FROM held WHERE NOT is_due UNION ALL",
+                replacement: "SELECT job_id FROM held WHERE is_due IS NOT TRUE UNION ALL",
             },
         ],
         target: Target::Schema,
@@ -322,8 +317,8 @@ pub const GUARDS: &[Guard] = &[
         what: "on the CPU the UNet sees each picture by itself",
         cuts: &[Cut {
             file: "worker/src/diffusion/pipeline_stable_diffusion/denoising.rs",
-            text: "ComputeDevice::Cpu => step_side_by_side(unet, pictures, step_index, timestep)?",
-            replacement: "ComputeDevice::Cpu => step_together(unet, pictures, step_index, timestep)?",
+            text: "step_side_by_side(&self.pipeline.unet, &mut self.pictures, step, time)?;",
+            replacement: "self.step_together(step, time)?;",
         }],
         target: Target::WorkerPipeline,
         tests: &["a_microbatch_equals_single_calls_bit_for_bit"],
