@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from train import ALLOCATOR
 from training import held_out
 from training.pictures import draw_scene, rng_for
 from training.pixel_rule import score
@@ -64,6 +65,24 @@ def draw_all(rows, args):
     return pictures, verdicts
 
 
+def judge(pictures, args):
+    """The safety checker's verdicts on finished pictures, as the pipeline comes to them."""
+    import torch
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+    from transformers import CLIPImageProcessor
+
+    checker = StableDiffusionSafetyChecker.from_pretrained(f"{args.model}/safety_checker", variant="fp16").float()
+    extractor = CLIPImageProcessor.from_pretrained(f"{args.model}/feature_extractor")
+    pixel_values = extractor([Image.fromarray(p) for p in pictures], return_tensors="pt").pixel_values
+    return checker(images=[np.zeros((1, 1, 3))] * len(pictures), clip_input=torch.as_tensor(pixel_values))[1]
+
+
+def drawn_before(args):
+    """Wanted and unwanted pictures of the run before, each with verdicts of today's checker."""
+    kept = np.load(f"{args.out}/pictures.npz")
+    return [(list(kept[name]), judge(kept[name], args)) for name in ("wanted", "unwanted")]
+
+
 def sheet(pictures, path, columns):
     """All pictures on one, row by row."""
     pictures = [np.pad(p, ((2, 2), (2, 2), (0, 0)), constant_values=128) for p in pictures]
@@ -84,8 +103,13 @@ def measure(args):
     scenes = [scene for _, scene in wanted]
     rng = rng_for("rule check")
     truth = [draw_scene(scene, rng)[0] for scene in scenes]
-    pictures, flagged = draw_all([row for row, _ in wanted], args)
-    skulls, caught = draw_all([row for row, _ in unwanted], args)
+    if args.again:
+        (pictures, flagged), (skulls, caught) = drawn_before(args)
+    else:
+        pictures, flagged = draw_all([row for row, _ in wanted], args)
+        skulls, caught = draw_all([row for row, _ in unwanted], args)
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        np.savez_compressed(f"{args.out}/pictures.npz", wanted=pictures, unwanted=skulls)
     scores = [score(scene, picture) for scene, picture in zip(scenes, pictures)]
     for name, images in (("held_out", pictures), ("unwanted", skulls)):
         sheet(images, f"{args.out}/{name}.png", 20)
@@ -117,6 +141,7 @@ def main():
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--guidance", type=float, default=7.5)
     parser.add_argument("--limit", type=int, help="only the first captions, for a quick look")
+    parser.add_argument("--again", action="store_true", help="measure the pictures of the run before, with today's checker")
     parser.add_argument("--prompts", help="draw this CSV file (prompt,negative_prompt,seed) and measure nothing")
     args = parser.parse_args()
     if args.prompts:
@@ -137,5 +162,6 @@ def main():
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # For the processes that draw: they read it at their start.
+    os.environ.update(ALLOCATOR, OMP_NUM_THREADS="1")
     main()

@@ -6,17 +6,18 @@ import os
 
 # Large tensors come and go each step; giving their pages back to the system each time costs more than half
 # of the run time on some machines. The allocator reads this at process start, hence the second start.
-_ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_TOP_PAD_": "268435456"}
+ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000", "MALLOC_TOP_PAD_": "268435456"}
 
 # Part -> (minutes of training, module), in the order in which they build on each other. The minutes are those
-# of the published weights, on two busy CPU cores; a free machine gets further in the same time.
+# of the published weights; README.md says what of them was learned in a wider world.
 PARTS = {
     "assemble": (0, "assemble"),
     "tokenizer": (0, "tokenizer"),
     "vae": (14, "vae"),
     "latents": (0, "latents"),
     "text": (13, "text"),
-    "unet": (86, "unet"),
+    "unet": (106, "unet"),
+    "guided": (9, "guided"),
     "decoder": (14, "decoder"),
     "safety": (22, "safety"),
 }
@@ -50,5 +51,5 @@ if __name__ == "__main__":
     if "MALLOC_MMAP_MAX_" not in os.environ:
         import sys
 
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **_ALLOCATOR, "OMP_NUM_THREADS": "1"})
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **ALLOCATOR, "OMP_NUM_THREADS": "1"})
     main()

@@ -6,8 +6,8 @@ from diffusers import AutoencoderKL
 from training.pictures import draw_scene, rng_for
 from training.vae import to_tensor, training_scene
 
-POOL = 12000
-BATCH = 48
+POOL = 8000
+BATCH = 16
 
 
 def scene_and_rng(index):
@@ -20,7 +20,8 @@ def scene_and_rng(index):
 def train(rank, args):
     """Encode the pool; each process takes each n-th batch and writes its own file."""
     vae = AutoencoderKL.from_pretrained(f"{args.model}/vae", variant="fp16", torch_dtype=torch.float32)
-    vae = vae.to(args.device).eval()
+    # Channels last and small batches: twice as fast on a CPU.
+    vae = vae.to(args.device, memory_format=torch.channels_last).eval()
     indices, latents, maps = [], [], []
     starts = range(rank * BATCH, POOL, args.processes * BATCH)
     for count, start in enumerate(starts):
@@ -32,7 +33,7 @@ def train(rank, args):
         indices.extend(block)
         latents.append((mean * vae.config.scaling_factor).half().cpu())
         maps.extend(torch.from_numpy(shape_map).to(torch.uint8) for _, shape_map in drawn)
-        if count % 25 == 0 and rank == 0:
+        if count % 20 == 0 and rank == 0:
             print(f"latents {start} of {POOL}", flush=True)
     pool = dict(indices=torch.tensor(indices), latents=torch.cat(latents).contiguous(), maps=torch.stack(maps))
     torch.save(pool, f"{args.work}/latents-{rank}.pt")

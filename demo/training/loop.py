@@ -16,8 +16,6 @@ import torch.multiprocessing as mp
 
 # Steps between two averages of the processes' weights.
 SYNC = 10
-# Seconds; whatever a step takes beyond this was a pause.
-LONGEST_STEP = 15
 
 
 def launch(train, args):
@@ -57,20 +55,20 @@ def average_parameters(parameters, step):
 class Schedule:
     """Stops after a training time, and gives the learning rate for it: warm-up, then a cosine to zero.
 
-    Time and not steps, because the same command has to fit slow and fast machines. The first process
-    decides, so that all stop at the same step. A pause from outside (a stopped process) does not count.
+    Time and not steps, because the same command has to fit slow and fast machines; the process's processor
+    time, so that work beside it does not shorten the training. The first process decides, so that all stop at
+    the same step.
     """
 
     def __init__(self, minutes, peak, elapsed=0.0, warmup=60):
         self.seconds, self.peak, self.warmup = minutes * 60, peak, warmup
-        self.elapsed, self.last = elapsed, time.monotonic()
+        self.elapsed, self.last = elapsed, time.process_time()
         self.progress = 0.0
 
     def update(self, optimizer, step):
         """Set the learning rate; False when the time is over."""
-        now = time.monotonic()
-        self.elapsed += min(now - self.last, LONGEST_STEP)
-        self.last = now
+        now = time.process_time()
+        self.elapsed, self.last = self.elapsed + now - self.last, now
         if step % SYNC == 0:
             progress = torch.tensor(min(1.0, self.elapsed / self.seconds))
             if dist.is_initialized():

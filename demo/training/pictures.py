@@ -14,22 +14,20 @@ from PIL import Image, ImageDraw
 
 IMAGE_SIZE = 128
 
-# Far apart in RGB, so that the nearest palette color of a pixel is a meaningful answer.
+# Far apart in RGB, so that the nearest palette color of a pixel is a meaningful answer, and in the latents of so
+# slim an autoencoder, so that a UNet of this size tells them apart.
 PALETTE = {
     "red": (225, 30, 35),
-    "orange": (255, 130, 0),
     "yellow": (255, 230, 30),
     "green": (30, 160, 60),
     "cyan": (60, 215, 225),
     "blue": (30, 75, 220),
     "purple": (125, 35, 165),
-    "pink": (255, 135, 195),
     "white": (250, 250, 250),
-    "black": (18, 18, 18),
 }
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
 UNWANTED = "skull"
-RADII = {"small": 16, "medium": 22, "large": 29}
+RADII = {"small": 18, "medium": 23, "large": 29}
 # A skull needs room for its eyes, so its sizes start higher.
 SKULL_RADII = {"small": 20, "medium": 25, "large": 31}
 _NEAR, _MIDDLE, _FAR = 34, 64, 94
@@ -38,6 +36,10 @@ PLACES = {
     "left": (_NEAR, _MIDDLE), "center": (_MIDDLE, _MIDDLE), "right": (_FAR, _MIDDLE),
     "bottom left": (_NEAR, _FAR), "bottom": (_MIDDLE, _FAR), "bottom right": (_FAR, _FAR),
 }  # fmt: skip
+# Two things stand a little further out and are never quite as large, so that at least a cell of the latents
+# lies between them; with less, the decoder runs them into one.
+PAIR_SPREAD = 1.1
+PAIR_RADIUS = 26
 PLACE_PAIRS = (
     ("left", "right"),
     ("top", "bottom"),
@@ -148,9 +150,10 @@ def draw_scene(scene, rng):
     for thing in scene.things:
         radii = SKULL_RADII if thing.shape == UNWANTED else RADII
         radius = radii[thing.size] * rng.uniform(0.95, 1.05)
+        spread = 1.0
         if len(scene.things) == 2:
-            radius = min(radius, 28)
-        center = [c + rng.uniform(-2, 2) for c in PLACES[thing.place]]
+            radius, spread = min(radius, PAIR_RADIUS), PAIR_SPREAD
+        center = [_MIDDLE + spread * (c - _MIDDLE) + rng.uniform(-2, 2) for c in PLACES[thing.place]]
         mask = outline(thing.shape, radius, IMAGE_SIZE, center)
         image += mask[..., None] * (np.array(PALETTE[thing.color], dtype=np.float32) - image)
         cells = mask.reshape(16, 8, 16, 8).mean(axis=(1, 3))

@@ -12,6 +12,8 @@ from training.pictures import rng_for
 BATCH = 16
 # Captions dropped in training, so that the UNet also knows pictures without one and guidance works.
 DROPPED = 0.1
+# Captions of one picture.
+WORDINGS = 2
 
 
 def new_unet(hidden):
@@ -59,19 +61,58 @@ def update_average(average, model, step):
         mean.lerp_(value, 1 - decay)
 
 
+class States:
+    """Token states of the pool's captions, kept once made: to make them costs half as much as the UNet's step."""
+
+    def __init__(self, args):
+        self.tokens, self.device, self.kept = tokenizer.load(args), args.device, {}
+        encoder = CLIPTextModel.from_pretrained(f"{args.model}/text_encoder", variant="fp16", torch_dtype=torch.float32)
+        self.encoder = encoder.to(args.device).eval().requires_grad_(False)
+        self.hidden = encoder.config.hidden_size
+        self.empty = self.encode([""])
+
+    def encode(self, words):
+        """States `(batch_size, 77, hidden_size)`."""
+        return self.encoder(tokenizer.encode(self.tokens, words).to(self.device)).last_hidden_state
+
+    def __call__(self, indices, rng):
+        """States of one of a few captions for each of the pool's scenes `indices`."""
+        keys = [(index, rng.randrange(WORDINGS)) for index in indices]
+        new = [key for key in dict.fromkeys(keys) if key not in self.kept]
+        if new:
+            words = [caption(latents.scene_and_rng(key[0])[0], rng_for("wording", *key)) for key in new]
+            self.kept.update(zip(new, self.encode(words).half()))
+        return torch.stack([self.kept[key] for key in keys]).float()
+
+
+def noise_errors(unet, noisy, timesteps, states, empty, noise):
+    """Squared errors of the noise `(batch_size,)`; now and then without the caption."""
+    dropped = torch.rand(len(noisy), 1, 1, device=noisy.device) < DROPPED
+    noise_pred = unet(noisy, timesteps, torch.where(dropped, empty, states)).sample.float()
+    return (noise_pred - noise).square().mean((1, 2, 3))
+
+
 def train(rank, args):
-    tokens = tokenizer.load(args)
+    course(rank, args, "unet", args.rate, BATCH, noise_errors)
+
+
+def course(rank, args, name, rate, batch, errors_of, prepare=None):
+    """Train with the errors that `errors_of` finds; the second course (`guided.py`) has its own.
+
+    `prepare` may change weights from --model before the first step.
+    """
     indices, pool, _ = latents.load(args)
-    encoder = CLIPTextModel.from_pretrained(f"{args.model}/text_encoder", variant="fp16", torch_dtype=torch.float32)
-    encoder = encoder.to(args.device).eval().requires_grad_(False)
+    states = States(args)
     torch.manual_seed(13)
-    unet = new_unet(encoder.config.hidden_size).to(args.device)
-    average = new_unet(encoder.config.hidden_size).to(args.device).requires_grad_(False)
+    unet = new_unet(states.hidden).to(args.device)
+    average = new_unet(states.hidden).to(args.device).requires_grad_(False)
     average.load_state_dict(unet.state_dict())
     optimizer = torch.optim.AdamW(unet.parameters(), weight_decay=1e-2, betas=(0.9, 0.99), fused=True)
-    state, step, elapsed = loop.load_state(f"{args.work}/unet.pt"), 0, 0.0
+    state, step, elapsed = loop.load_state(f"{args.work}/{name}.pt"), 0, 0.0
     if args.go_on and not state:
         begun = UNet2DConditionModel.from_pretrained(f"{args.model}/unet", variant="fp16", torch_dtype=torch.float32)
+        if prepare:
+            prepare(begun, pool, states.empty)
         unet.load_state_dict(begun.state_dict())
         average.load_state_dict(begun.state_dict())
     if state:
@@ -83,26 +124,23 @@ def train(rank, args):
         # Plain matrix products: the fused kernel's backward pass is slow for heads this small.
         unet.set_attn_processor(AttnProcessor())
     torch.manual_seed(300 + rank + step)
-    rng = rng_for("unet", rank, step)
+    rng = rng_for(name, rank, step)
     alphas_cumprod = noise_schedule().alphas_cumprod.to(args.device)
-    schedule = loop.Schedule(args.minutes, args.rate, elapsed, warmup=200)
-    progress = loop.Progress("unet", rank)
+    schedule = loop.Schedule(args.minutes, rate, elapsed, warmup=100)
+    progress = loop.Progress(name, rank)
     # Two things are more to learn than one, so they come twice as often as the pool has them.
     weights = torch.tensor([float(len(latents.scene_and_rng(int(index))[0].things)) for index in indices])
     parameters = list(unet.parameters())
     while schedule.update(optimizer, step):
-        chosen = torch.multinomial(weights, BATCH)
-        words = [caption(latents.scene_and_rng(int(index))[0], rng) for index in indices[chosen]]
-        words = ["" if rng.random() < DROPPED else text for text in words]
+        chosen = torch.multinomial(weights, batch)
         sample = pool[chosen].to(args.device).float()
         noise = torch.randn_like(sample)
-        timesteps = spread_timesteps(BATCH).to(args.device)
+        timesteps = spread_timesteps(batch).to(args.device)
         alpha = alphas_cumprod[timesteps].view(-1, 1, 1, 1)
         noisy = alpha.sqrt() * sample + (1 - alpha).sqrt() * noise
         with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
-            states = encoder(tokenizer.encode(tokens, words).to(args.device)).last_hidden_state
-            noise_pred = unet(noisy, timesteps, states).sample.float()
-        errors = (noise_pred - noise).square().mean((1, 2, 3))
+            told = states(indices[chosen].tolist(), rng)
+            errors = errors_of(unet, noisy, timesteps, told, states.empty, noise)
         loss = (errors * weigh((alpha / (1 - alpha)).flatten())).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -111,16 +149,16 @@ def train(rank, args):
         step += 1
         if loop.average_parameters(parameters, step):
             update_average(average, unet, step)
-        late = errors.detach()[BATCH * 3 // 4 :].mean()
-        progress.add(step, schedule, BATCH * args.processes, loss=loss.detach(), late=late)
+        late = errors.detach()[batch * 3 // 4 :].mean()
+        progress.add(step, schedule, batch * args.processes, loss=loss.detach(), late=late)
         if rank == 0 and step % 100 == 0:
-            _save(unet, average, optimizer, step, schedule, args)
+            _save(name, unet, average, optimizer, step, schedule, args)
     if rank == 0:
-        _save(unet, average, optimizer, step, schedule, args)
+        _save(name, unet, average, optimizer, step, schedule, args)
 
 
-def _save(unet, average, optimizer, step, schedule, args):
+def _save(name, unet, average, optimizer, step, schedule, args):
     weights = dict(model=unet.state_dict(), average=average.state_dict())
     state = dict(optimizer=optimizer.state_dict(), step=step, elapsed=schedule.elapsed)
-    loop.save_state(f"{args.work}/unet.pt", **weights, **state)
+    loop.save_state(f"{args.work}/{name}.pt", **weights, **state)
     loop.save_f16(average, f"{args.model}/unet")
