@@ -284,12 +284,17 @@ pub const GUARDS: &[Guard] = &[
     },
     Guard {
         promise: "P7",
-        what: "a lease is extended only while the job runs for its worker",
+        what: "a lease is extended only as it was given: its token, its state, its worker",
         cuts: &[
             Cut {
                 file: "schema/src/catalog/claims.rs",
-                text: "USING (job_id, lease_generation)\n                WHERE state = 'running' AND leased_by = $3\n            ), due AS (",
-                replacement: "USING (job_id, lease_generation)\n            ), due AS (",
+                text: "SELECT job_id, lease_generation,\n                       lease_expires_at <=",
+                replacement: "SELECT jobs.job_id, jobs.lease_generation,\n                       lease_expires_at <=",
+            },
+            Cut {
+                file: "schema/src/catalog/claims.rs",
+                text: "AS given (job_id, lease_generation)\n                    USING (job_id, lease_generation)\n                WHERE state = 'running' AND leased_by = $3\n            ), due AS (",
+                replacement: "AS given (job_id, given_generation)\n                    ON jobs.job_id = given.job_id\n            ), due AS (",
             },
             // A job that does not run has no end of its lease.
             Cut {
