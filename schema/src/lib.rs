@@ -53,5 +53,6 @@ pub use state::{
 pub use topology::{
     DEAD_LETTER_EXCHANGE, DEAD_LETTER_QUEUE, DELIVERY_LIMIT, ExchangeDeclaration, JOB_QUEUE_MAX_LENGTH,
     QueueArgument, QueueDeclaration, TRACEPARENT_HEADER, dead_letter_exchange, dead_letter_queue, job_queue,
+    prefetch,
 };
 pub use words::UnknownWord;

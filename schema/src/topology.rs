@@ -23,6 +23,17 @@ pub const DELIVERY_LIMIT: i64 = 1000;
 /// The longest a job queue may grow before it refuses more; far above any watermark, so only a runaway relay meets it.
 pub const JOB_QUEUE_MAX_LENGTH: i64 = 1_000_000;
 
+/// Pictures that may be drawn and not yet acknowledged, at least.
+const MIN_FINISHING: u16 = 8;
+
+/// Messages of one band that a worker with microbatches of up to `max_microbatch` holds: one microbatch that runs, one that
+/// waits or fills up, and what is on its way to the bucket and not yet acknowledged. That is one more; or eight pictures,
+/// where microbatches are so small that storing one takes longer than drawing the next.
+pub const fn prefetch(max_microbatch: u16) -> u16 {
+    let finishing = if max_microbatch > MIN_FINISHING { max_microbatch } else { MIN_FINISHING };
+    max_microbatch.saturating_mul(2).saturating_add(finishing)
+}
+
 /// The value of a declaration's argument.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum QueueArgument {
@@ -98,6 +109,11 @@ mod tests {
         ");
         let longest: ModelName = "a".repeat(63).parse().unwrap();
         assert!(job_queue(&longest, PriorityBand::Normal).name.len() <= 255);
+    }
+
+    #[test]
+    fn a_worker_holds_three_microbatches_of_a_band_or_what_is_stored_beside_two() {
+        assert_eq!([1, 4, 8, 16, u16::MAX].map(prefetch), [10, 16, 24, 48, u16::MAX]);
     }
 
     #[test]

@@ -12,9 +12,6 @@ use crate::diffusion::{ComputeDevice, ComputeDtype};
 use crate::generate::GenerateArgs;
 use crate::object_store::Addressing;
 
-/// Pictures that may be drawn and not yet acknowledged, at least.
-const MIN_FINISHING: u16 = 8;
-
 /// Darkroom's GPU worker.
 #[derive(Debug, clap::Parser)]
 #[command(name = "darkroom-worker", version, max_term_width = 110)]
@@ -152,11 +149,9 @@ impl Config {
         self.exit_when_idle_seconds.map(Duration::from_secs)
     }
 
-    /// Messages of one band that the worker holds: one microbatch that runs, one that waits or fills up, and what is on its way
-    /// to the bucket and not yet acknowledged. That is one more; or eight pictures, where microbatches are so small that storing
-    /// one takes longer than drawing the next.
+    /// Messages of one band that the worker holds.
     pub fn prefetch(&self) -> u16 {
-        self.max_microbatch * 2 + self.max_microbatch.max(MIN_FINISHING)
+        schema::prefetch(self.max_microbatch)
     }
 
     /// Servers other than Amazon's are addressed by path.

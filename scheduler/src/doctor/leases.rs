@@ -4,7 +4,7 @@
 //! that is as long as the lease costs the whole microbatch, and a worker that stalls as long draws for nothing.
 use std::time::Duration;
 
-use schema::MicrobatchTimes;
+use schema::{MicrobatchTimes, PriorityBand, prefetch};
 
 use super::Finding;
 use super::broker::CONSUMER_TIMEOUT;
@@ -15,7 +15,7 @@ pub const WINDOW: Duration = Duration::from_secs(24 * 3600);
 const DEFAULT_LEASE_SECONDS: f64 = 60.0;
 /// The longest that `--lease-seconds` may be.
 const MAX_LEASE_SECONDS: f64 = 3600.0;
-/// Messages that a worker holds, in microbatches: two in each of three bands.
+/// What a worker holds whose build did not record its microbatches: two in each of three bands.
 const HELD_MICROBATCHES: f64 = 6.0;
 
 /// What the times mean for us, for each model and each set of its workers' settings.
@@ -74,8 +74,10 @@ fn judge_settings(times: &MicrobatchTimes) -> Vec<Finding> {
         }
         None => Finding::ok("leases", found),
     }];
-    let held = longest * HELD_MICROBATCHES;
-    let found = format!("{workers}: it holds up to six microbatches, {held:.0} s of work at that pace");
+    let microbatches = held_microbatches(times);
+    let held = longest * microbatches;
+    let found =
+        format!("{workers}: it holds up to {microbatches:.0} microbatches, {held:.0} s of work at that pace");
     findings.push(if held > CONSUMER_TIMEOUT.as_secs_f64() / 2.0 {
         let lower = lower_max_microbatch(times);
         let hint = format!(
@@ -86,6 +88,14 @@ fn judge_settings(times: &MicrobatchTimes) -> Vec<Finding> {
         Finding::ok("leases against the broker", found)
     });
     findings
+}
+
+/// The messages that a worker holds of all bands, in microbatches.
+fn held_microbatches(times: &MicrobatchTimes) -> f64 {
+    let most = times.max_microbatch.and_then(|most| u16::try_from(most).ok()).filter(|most| *most > 0);
+    most.map_or(HELD_MICROBATCHES, |most| {
+        f64::from(prefetch(most)) / f64::from(most) * PriorityBand::ALL.len() as f64
+    })
 }
 
 /// How to start the workers so that their leases are twice what their longest microbatch took, and no shorter than now.
@@ -138,6 +148,9 @@ mod tests {
         let unknown = MicrobatchTimes { lease_seconds: None, max_microbatch: None, ..times(61.0) };
         assert_eq!(verdicts(unknown), [Verdict::Warning, Verdict::Ok]);
         assert_eq!(verdicts(times(200.0)), [Verdict::Warning, Verdict::Warning]);
+        let small = |longest| MicrobatchTimes { max_microbatch: Some(1), ..times(longest) };
+        assert_eq!(verdicts(small(29.0)), [Verdict::Ok, Verdict::Ok], "ten of one picture in each band");
+        assert_eq!(verdicts(small(31.0)), [Verdict::Ok, Verdict::Warning], "ten of one picture in each band");
         let lost = MicrobatchTimes { lost_by_the_living: 1, ..times(20.0) };
         assert_eq!(verdicts(lost), [Verdict::Warning, Verdict::Ok]);
         let only_lost = MicrobatchTimes { lost_by_the_living: 1, longest_seconds: None, ..times(0.0) };

@@ -100,7 +100,7 @@ pub async fn broker(fleet: &Fleet, job_ids: &[JobId], size: Size) -> (f64, f64) 
     let published = rate(job_ids.len(), started);
 
     // As the worker's.
-    let prefetch = u16::try_from(size.microbatch * 2 + size.microbatch.max(8)).expect("a small number");
+    let prefetch = schema::prefetch(u16::try_from(size.microbatch).expect("a small number"));
     let mut consumers = Vec::new();
     for _ in 0..size.workers {
         let connection = connect().await.expect("the broker answers");
