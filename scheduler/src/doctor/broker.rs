@@ -59,12 +59,15 @@ pub fn typical_queues() -> Vec<QueueDeclaration> {
 pub fn judge_version(version: BrokerVersion, queues: &[QueueDeclaration]) -> Vec<Finding> {
     let mut findings = Vec::new();
     let found = format!("RabbitMQ {version}");
-    if version < MIN_BROKER_VERSION {
+    // What is wrong with a whole version is said once, and not again for each queue.
+    let queues = if version < MIN_BROKER_VERSION {
         let hint = format!("upgrade to {MIN_BROKER_VERSION} or newer");
         findings.push(Finding::danger("broker version", found, hint));
+        &[]
     } else {
         findings.push(Finding::ok("broker version", found));
-    }
+        queues
+    };
     for concern in queues.iter().flat_map(|queue| concerns(version, queue)) {
         let finding = if concern.breaks_a_promise { Finding::danger } else { Finding::warning };
         findings.push(finding("broker arguments", concern.what, concern.hint));
