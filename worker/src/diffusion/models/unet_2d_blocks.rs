@@ -90,8 +90,8 @@ fn attentions(
     (0..num_layers).map(|i| Transformer2DModel::load(&(&weights / i), channels, config)).collect()
 }
 
-/// What each transformer makes of a text.
-type TransformerTexts = Vec<Vec<KeyValue>>;
+/// What each transformer of a block makes of a text.
+pub type TransformerTexts = Vec<Vec<KeyValue>>;
 
 /// For each step, each ResNet's [`ResnetBlock2D::time_biases`].
 fn time_biases(resnets: &[ResnetBlock2D], temb: &Tensor) -> Result<Vec<Vec<Tensor>>, TchError> {
@@ -128,20 +128,22 @@ pub enum DownBlock {
 }
 
 impl DownBlock {
-    /// See the top of this file.
-    pub fn time_biases(&self, temb: &Tensor) -> Result<Vec<Vec<Tensor>>, TchError> {
+    /// The ResNets, and the transformers, of which a plain block has none.
+    fn layers(&self) -> (&[ResnetBlock2D], &[Transformer2DModel]) {
         match self {
-            Self::CrossAttn(block) => time_biases(&block.resnets, temb),
-            Self::Plain(block) => time_biases(&block.resnets, temb),
+            Self::CrossAttn(block) => (&block.resnets, &block.attentions),
+            Self::Plain(block) => (&block.resnets, &[]),
         }
     }
 
     /// See the top of this file.
+    pub fn time_biases(&self, temb: &Tensor) -> Result<Vec<Vec<Tensor>>, TchError> {
+        time_biases(self.layers().0, temb)
+    }
+
+    /// See the top of this file.
     pub fn project_text(&self, encoder_hidden_states: &Tensor) -> Result<TransformerTexts, TchError> {
-        match self {
-            Self::CrossAttn(block) => project_text(&block.attentions, encoder_hidden_states),
-            Self::Plain(_) => Ok(Vec::new()),
-        }
+        project_text(self.layers().1, encoder_hidden_states)
     }
 
     /// The block's output; what the up blocks will need is pushed onto `res_samples`, one tensor for each ResNet and
@@ -341,28 +343,27 @@ pub enum UpBlock {
 }
 
 impl UpBlock {
+    /// The ResNets, and the transformers, of which a plain block has none.
+    fn layers(&self) -> (&[ResnetBlock2D], &[Transformer2DModel]) {
+        match self {
+            Self::CrossAttn(block) => (&block.resnets, &block.attentions),
+            Self::Plain(block) => (&block.resnets, &[]),
+        }
+    }
+
     /// See the top of this file.
     pub fn time_biases(&self, temb: &Tensor) -> Result<Vec<Vec<Tensor>>, TchError> {
-        match self {
-            Self::CrossAttn(block) => time_biases(&block.resnets, temb),
-            Self::Plain(block) => time_biases(&block.resnets, temb),
-        }
+        time_biases(self.layers().0, temb)
     }
 
     /// See the top of this file.
     pub fn project_text(&self, encoder_hidden_states: &Tensor) -> Result<TransformerTexts, TchError> {
-        match self {
-            Self::CrossAttn(block) => project_text(&block.attentions, encoder_hidden_states),
-            Self::Plain(_) => Ok(Vec::new()),
-        }
+        project_text(self.layers().1, encoder_hidden_states)
     }
 
     /// ResNets of the block: how many `res_samples` it takes.
     pub fn num_resnets(&self) -> usize {
-        match self {
-            Self::CrossAttn(block) => block.resnets.len(),
-            Self::Plain(block) => block.resnets.len(),
-        }
+        self.layers().0.len()
     }
 
     /// The last layer alone, which makes the block's output where the block has no upsampler: on `hidden_states`, what the
@@ -374,10 +375,7 @@ impl UpBlock {
         res_sample: &Tensor,
         text: &[Vec<KeyValue>],
     ) -> Result<Tensor, TchError> {
-        let (resnets, attentions) = match self {
-            Self::CrossAttn(block) => (&block.resnets, &block.attentions[..]),
-            Self::Plain(block) => (&block.resnets, &[][..]),
-        };
+        let (resnets, attentions) = self.layers();
         let mut hidden_states = Tensor::f_cat(&[hidden_states, res_sample], 1)?;
         if let Some(resnet) = resnets.last() {
             hidden_states = resnet.forward(&hidden_states, time.last())?;

@@ -1,6 +1,8 @@
 //! The network that is asked at each denoising step how much noise is in the latents (diffusers'
 //! `models/unets/unet_2d_condition.py`).
 
+use std::mem;
+
 use tch::{Kind, TchError, Tensor};
 
 use super::super::nn::{Conv2d, GroupNorm};
@@ -10,7 +12,7 @@ use super::embeddings::{TimestepEmbedding, Timesteps};
 use super::resnet::ResnetConfig;
 use super::transformer_2d::Transformer2DConfig;
 use super::unet_2d_blocks::{
-    CrossAttnDownBlock2D, CrossAttnUpBlock2D, DownBlock, DownBlock2D, DownBlockConfig,
+    CrossAttnDownBlock2D, CrossAttnUpBlock2D, DownBlock, DownBlock2D, DownBlockConfig, TransformerTexts,
     UNetMidBlock2DCrossAttn, UpBlock, UpBlock2D, UpBlockConfig,
 };
 use super::unet_2d_config::{BlockType, UNet2DConditionConfig};
@@ -42,60 +44,47 @@ pub struct UNetTime {
 #[derive(Debug)]
 pub struct UNetText {
     /// Of each block, one for each transformer, each a list of one for each of its layers.
-    down: Vec<Vec<Vec<KeyValue>>>,
-    mid: Vec<Vec<KeyValue>>,
-    up: Vec<Vec<Vec<KeyValue>>>,
-}
-
-impl UNetTime {
-    fn with_mid(mid: Vec<Tensor>) -> Self {
-        Self { down: Vec::new(), mid, up: Vec::new() }
-    }
+    down: Vec<TransformerTexts>,
+    mid: TransformerTexts,
+    up: Vec<TransformerTexts>,
 }
 
 impl UNetText {
     /// Some of the rows.
     pub fn narrow(&self, start: i64, length: i64) -> Result<Self, TchError> {
-        let block = |transformers: &Vec<Vec<KeyValue>>| -> Result<Vec<Vec<KeyValue>>, TchError> {
-            let layers =
-                |layers: &Vec<KeyValue>| layers.iter().map(|layer| layer.narrow(start, length)).collect();
-            transformers.iter().map(layers).collect()
-        };
-        let blocks =
-            |blocks: &Vec<Vec<Vec<KeyValue>>>| blocks.iter().map(block).collect::<Result<Vec<_>, _>>();
+        let layers =
+            |layers: &Vec<KeyValue>| layers.iter().map(|layer| layer.narrow(start, length)).collect();
+        let block = |transformers: &TransformerTexts| transformers.iter().map(layers).collect();
+        let blocks = |blocks: &[TransformerTexts]| blocks.iter().map(block).collect::<Result<_, _>>();
         Ok(Self { down: blocks(&self.down)?, mid: block(&self.mid)?, up: blocks(&self.up)? })
     }
 
     /// Those of several pictures, of one UNet, as those of a batch.
     pub fn cat(parts: &[&Self]) -> Result<Self, TchError> {
-        let Some(first) = parts.first() else {
+        fn cat_layers(parts: &[&Vec<KeyValue>]) -> Result<Vec<KeyValue>, TchError> {
+            cat_each(parts, KeyValue::cat)
+        }
+        fn cat_block(parts: &[&TransformerTexts]) -> Result<TransformerTexts, TchError> {
+            cat_each(parts, cat_layers)
+        }
+        fn of<'t, T>(parts: &[&'t UNetText], part: fn(&UNetText) -> &T) -> Vec<&'t T> {
+            parts.iter().map(|text| part(text)).collect()
+        }
+        if parts.is_empty() {
             return Err(TchError::Shape("there is no text to put together".to_owned()));
-        };
-        type Block = Vec<Vec<KeyValue>>;
-        let block = |first: &Block, block_of: &dyn Fn(&Self) -> &Block| -> Result<Block, TchError> {
-            let transformer = |transformer: usize| {
-                let layer = |layer: usize| {
-                    KeyValue::cat(
-                        &parts.iter().map(|part| &block_of(part)[transformer][layer]).collect::<Vec<_>>(),
-                    )
-                };
-                (0..first[transformer].len()).map(layer).collect()
-            };
-            (0..first.len()).map(transformer).collect()
-        };
-        let blocks = |first: &[Block], blocks_of: fn(&Self) -> &Vec<Block>| {
-            first
-                .iter()
-                .enumerate()
-                .map(|(i, first)| block(first, &|part| &blocks_of(part)[i]))
-                .collect::<Result<Vec<_>, _>>()
-        };
+        }
         Ok(Self {
-            down: blocks(&first.down, |text| &text.down)?,
-            mid: block(&first.mid, &|text| &text.mid)?,
-            up: blocks(&first.up, |text| &text.up)?,
+            down: cat_each(&of(parts, |text| &text.down), cat_block)?,
+            mid: cat_block(&of(parts, |text| &text.mid))?,
+            up: cat_each(&of(parts, |text| &text.up), cat_block)?,
         })
     }
+}
+
+/// Puts the first items of all `lists` together, the second ones, and so on; the lists are of one length.
+fn cat_each<T>(lists: &[&Vec<T>], cat: fn(&[&T]) -> Result<T, TchError>) -> Result<Vec<T>, TchError> {
+    let length = lists.first().map_or(0, |list| list.len());
+    (0..length).map(|i| cat(&lists.iter().map(|list| &list[i]).collect::<Vec<_>>())).collect()
 }
 
 impl UNet2DConditionModel {
@@ -135,17 +124,18 @@ impl UNet2DConditionModel {
         let sinusoids = self.time_proj.forward(timesteps)?.f_to_kind(kind)?;
         // Of shape `(timesteps.len(), time_embed_dim)`, with the SiLU that each ResNet would apply.
         let temb = self.time_embedding.forward(&sinusoids)?.f_silu_()?;
-        let mut times: Vec<UNetTime> =
-            self.mid_block.time_biases(&temb)?.into_iter().map(UNetTime::with_mid).collect();
-        for block in &self.down_blocks {
-            let biases = block.time_biases(&temb)?;
-            times.iter_mut().zip(biases).for_each(|(time, biases)| time.down.push(biases));
-        }
-        for block in &self.up_blocks {
-            let biases = block.time_biases(&temb)?;
-            times.iter_mut().zip(biases).for_each(|(time, biases)| time.up.push(biases));
-        }
-        Ok(times)
+        let of_down = |block: &DownBlock| block.time_biases(&temb);
+        let of_up = |block: &UpBlock| block.time_biases(&temb);
+        // Of each block a list for each step; a step's are taken out of all of them.
+        let mut down = self.down_blocks.iter().map(of_down).collect::<Result<Vec<_>, _>>()?;
+        let mut mid = self.mid_block.time_biases(&temb)?;
+        let mut up = self.up_blocks.iter().map(of_up).collect::<Result<Vec<_>, _>>()?;
+        let step = |i: usize| UNetTime {
+            down: down.iter_mut().map(|steps| mem::take(&mut steps[i])).collect(),
+            mid: mem::take(&mut mid[i]),
+            up: up.iter_mut().map(|steps| mem::take(&mut steps[i])).collect(),
+        };
+        Ok((0..timesteps.len()).map(step).collect())
     }
 
     /// What the blocks make of `encoder_hidden_states` `(batch_size, text_length, cross_attention_dim)`.
