@@ -3,7 +3,6 @@
 //! The picture is the one that the fleet makes from the same values. Standard output carries the result alone, as a
 //! sentence or, with `--json`, as one line of JSON; progress and warnings go to standard error.
 
-use std::fmt::Write as _;
 use std::io::Write as _;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
@@ -329,7 +328,6 @@ fn draw(
 fn infotext(args: &GenerateArgs, request: &ImageRequest, parameters: &GenerationParameters) -> String {
     let folder = args.model.canonicalize().unwrap_or_else(|_| args.model.clone());
     let model = folder.file_name().unwrap_or_default().to_string_lossy();
-    let recipe = parameters.recipe;
     let parameters = Parameters {
         prompt: &request.prompt,
         negative_prompt: &request.negative_prompt,
@@ -342,18 +340,9 @@ fn infotext(args: &GenerateArgs, request: &ImageRequest, parameters: &Generation
         height: parameters.height,
         model: &model,
         weights_sha256: None,
+        recipe: parameters.recipe,
     };
-    let mut infotext = parameters.to_infotext();
-    // A picture that is not the exact one says so.
-    if recipe != Recipe::default() {
-        let (start, stop) = recipe.guidance_interval;
-        let _ = write!(
-            infotext,
-            ", Guidance interval: {start}-{stop}, Cache interval: {}",
-            recipe.cache_interval
-        );
-    }
-    infotext
+    parameters.to_infotext()
 }
 
 /// The picture as a PNG file's bytes.

@@ -14,6 +14,8 @@ use std::fmt::Write as _;
 
 use schema::{NoiseScheduler, Sha256Digest, ValidJobSpec};
 
+use crate::diffusion::Recipe;
+
 /// What starts the negative prompt.
 const NEGATIVE_PROMPT: &str = "Negative prompt:";
 /// How many hexadecimal digits of a model's digest the web UI shows.
@@ -42,6 +44,8 @@ pub struct Parameters<'a> {
     pub model: &'a str,
     /// Our digest over all of the model's component files, if it was taken. Not of one checkpoint file.
     pub weights_sha256: Option<&'a Sha256Digest>,
+    /// What was left out of the denoising; a picture that is not the exact one says so.
+    pub recipe: Recipe,
 }
 
 /// The `parameters` text of a job's picture.
@@ -58,6 +62,8 @@ pub fn infotext(spec: &ValidJobSpec, model_name: &str, weights_sha256: &Sha256Di
         height: spec.height(),
         model: model_name,
         weights_sha256: Some(weights_sha256),
+        // Jobs cannot ask for another one yet.
+        recipe: Recipe::default(),
     };
     parameters.to_infotext()
 }
@@ -74,6 +80,8 @@ impl Parameters<'_> {
         let (sampler, schedule_type) = sampler(self.noise_scheduler);
         let model_hash =
             self.weights_sha256.map(|sha256| sha256.to_string().chars().take(MODEL_HASH_DIGITS).collect());
+        let Recipe { guidance_interval: (start, stop), cache_interval } = self.recipe;
+        let of_recipe = |value: String| (self.recipe != Recipe::default()).then_some(value);
         let parameters = [
             ("Steps", Some(self.num_inference_steps.to_string())),
             ("Sampler", Some(sampler.to_owned())),
@@ -86,6 +94,8 @@ impl Parameters<'_> {
             // Readers take a missing RNG for the GPU's generator, which draws other noise from the same seed.
             ("RNG", Some("CPU".to_owned())),
             ("Version", Some(format!("darkroom {}", env!("CARGO_PKG_VERSION")))),
+            ("Guidance interval", of_recipe(format!("{start}-{stop}"))),
+            ("Cache interval", of_recipe(cache_interval.to_string())),
         ];
         let pairs =
             parameters.into_iter().filter_map(|(key, value)| Some(format!("{key}: {}", quoted(&value?))));

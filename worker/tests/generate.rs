@@ -114,3 +114,22 @@ fn a_cut_prompt_is_said_on_standard_error_and_in_the_json() {
     assert_eq!(report["truncated_negative_prompt"], "@ @");
     assert_eq!(report["truncated_prompt"], Value::Null);
 }
+
+#[test]
+fn a_picture_that_is_not_the_exact_one_says_so_in_its_parameters() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("picture.png");
+    let parameters_with = |options: &[&str]| {
+        let output =
+            generate(&golden_path("tiny"), &path, &[&["--height", "40", "--width", "24"], options].concat());
+        assert!(output.status.success(), "{}", stderr(&output));
+        // The text chunk is not compressed.
+        String::from_utf8_lossy(&fs::read(&path).unwrap()).into_owned()
+    };
+    let exact = parameters_with(&[]);
+    assert!(exact.contains("RNG: CPU") && !exact.contains("interval"), "the exact one needs no word");
+    let cached = parameters_with(&["--cache-interval", "2"]);
+    assert!(cached.contains(", Guidance interval: 0-1, Cache interval: 2"));
+    let partly_guided = parameters_with(&["--guidance-stop", "0.5"]);
+    assert!(partly_guided.contains(", Guidance interval: 0-0.5, Cache interval: 1"));
+}
