@@ -16,7 +16,7 @@ use std::time::Instant;
 use anyhow::Context as _;
 
 pub use self::checkpoint::ModelSize;
-use self::measure::Bench;
+use self::measure::{Bench, Call};
 use self::report::{Report, Run};
 use crate::diffusion::device::set_threads_per_picture;
 use crate::diffusion::{
@@ -172,38 +172,41 @@ fn measure(
     load_seconds: f64,
     is_first: bool,
 ) -> anyhow::Result<Run> {
+    let mut call = calls(bench, args.outputs.as_deref().filter(|_| is_first));
     let mut last = None;
-    for call in 0..args.warmup {
-        let measured = bench.call()?;
-        if let Some(path) = args.outputs.as_deref().filter(|_| is_first && call == 0) {
-            measured.write_outputs(path)?;
-        }
-        let settled = last.is_some_and(|last: f64| (measured.seconds / last - 1.0).abs() < 0.01);
-        last = Some(measured.seconds);
+    for _ in 0..args.warmup {
+        let seconds = call()?.seconds;
+        let settled = last.is_some_and(|last: f64| (seconds / last - 1.0).abs() < 0.01);
+        last = Some(seconds);
         if settled {
             break;
         }
     }
     memory::forget_peak();
-    let calls = (0..args.repeats).map(|_| bench.call()).collect::<anyhow::Result<Vec<_>>>()?;
-    if let Some(path) = args.outputs.as_deref().filter(|_| is_first && args.warmup == 0) {
-        calls[0].write_outputs(path)?;
-    }
-    Ok(Run::new(bench, &calls, flops, load_seconds, args.peak_tflops))
+    let measured = (0..args.repeats).map(|_| call()).collect::<anyhow::Result<Vec<_>>>()?;
+    Ok(Run::new(bench, &measured, flops, load_seconds, args.peak_tflops))
 }
 
 /// One call for each line, until there are no more.
 fn answer_lines(bench: &Bench<'_>, outputs: Option<&Path>) -> anyhow::Result<()> {
+    let mut call = calls(bench, outputs);
     print("ready")?;
-    for (index, line) in std::io::stdin().lock().lines().enumerate() {
+    for line in std::io::stdin().lock().lines() {
         line.context("cannot read from standard input")?;
-        let call = bench.call()?;
-        if let Some(path) = outputs.filter(|_| index == 0) {
-            call.write_outputs(path)?;
-        }
-        print(&serde_json::to_string(&call)?)?;
+        print(&serde_json::to_string(&call()?)?)?;
     }
     Ok(())
+}
+
+/// Makes a call each time it is asked; what the first one gave is written to `outputs`.
+fn calls(bench: &Bench<'_>, mut outputs: Option<&Path>) -> impl FnMut() -> anyhow::Result<Call> {
+    move || {
+        let call = bench.call()?;
+        if let Some(path) = outputs.take() {
+            call.write_outputs(path)?;
+        }
+        Ok(call)
+    }
 }
 
 /// A line for the person or the program that reads.
