@@ -2,13 +2,18 @@
 
 use std::collections::HashMap;
 use std::fs;
+use std::ops::Range;
+
+use crate::process::stat;
 
 /// Clock ticks in a second, as Linux reports them to programs on every architecture it runs servers on.
 const TICKS: f64 = 100.0;
 
-/// Fields of `/proc/PID/stat`, counted from the one after the command's name.
+/// Fields of [`stat`].
 const PARENT: usize = 1;
-const TIMES: std::ops::Range<usize> = 11..15;
+const TIMES: Range<usize> = 11..15;
+/// Of [`TIMES`], those of children that were waited for.
+const CHILDRENS_TIMES: Range<usize> = 13..15;
 
 /// Every process's parent and its used seconds, those of children it has waited for included.
 fn processes() -> HashMap<u32, (u32, f64)> {
@@ -21,11 +26,13 @@ fn processes() -> HashMap<u32, (u32, f64)> {
 }
 
 fn read(pid: u32) -> Option<(u32, f64)> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The command's name may hold spaces and parentheses.
-    let fields: Vec<&str> = stat.rsplit_once(") ")?.1.split(' ').collect();
-    let ticks: f64 = fields.get(TIMES)?.iter().filter_map(|field| field.parse::<f64>().ok()).sum();
-    Some((fields.get(PARENT)?.parse().ok()?, ticks / TICKS))
+    let fields = stat(pid)?;
+    Some((fields.get(PARENT)?.parse().ok()?, seconds(fields.get(TIMES)?)))
+}
+
+/// The sum of times in ticks.
+fn seconds(fields: &[String]) -> f64 {
+    fields.iter().filter_map(|field| field.parse::<f64>().ok()).sum::<f64>() / TICKS
 }
 
 /// Seconds that `pid` alone has used, with children that have ended.
@@ -35,10 +42,7 @@ pub fn own_seconds(pid: u32) -> f64 {
 
 /// Seconds that the children of this process have used which have ended and were waited for.
 pub fn own_children_seconds() -> f64 {
-    let own = std::process::id();
-    let stat = fs::read_to_string(format!("/proc/{own}/stat")).unwrap_or_default();
-    let fields = stat.rsplit_once(") ").map(|(_, rest)| rest.split(' ').skip(13).take(2));
-    fields.into_iter().flatten().filter_map(|field| field.parse::<f64>().ok()).sum::<f64>() / TICKS
+    stat(std::process::id()).as_ref().and_then(|fields| fields.get(CHILDRENS_TIMES)).map_or(0.0, seconds)
 }
 
 /// Seconds that `pid` and everything below it have used.

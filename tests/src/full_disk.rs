@@ -10,6 +10,7 @@ use std::process::Command;
 
 use sqlx::PgPool;
 
+use crate::process::stat;
 use crate::servers::Servers;
 
 /// Bytes of a page of a table.
@@ -144,11 +145,6 @@ fn limit(pid: i32, bytes: Option<i64>) {
 fn children(parent: i32) -> Vec<i32> {
     let processes = std::fs::read_dir("/proc").expect("Linux").flatten();
     let pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
-    pids.filter(|pid| {
-        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-        // After the name in parentheses: state, then parent.
-        let after = stat.rsplit(") ").next().unwrap_or_default();
-        after.split(' ').nth(1).is_some_and(|found| found.parse() == Ok(parent))
-    })
-    .collect()
+    let parent_of = |pid: i32| stat(pid.cast_unsigned())?.get(1)?.parse::<i32>().ok();
+    pids.filter(|pid| parent_of(*pid) == Some(parent)).collect()
 }

@@ -40,13 +40,19 @@ pub use s3_front::{S3Fault, S3Front};
 pub use servers::Servers;
 pub use waiting::eventually;
 
+use std::num::ParseIntError;
+use std::str::FromStr;
+
 use anyhow::Context;
 
 /// A whole number from the environment.
 ///
 /// # Errors
 /// If it is something else.
-pub fn setting(name: &str, otherwise: u32) -> anyhow::Result<u32> {
+pub fn setting<N>(name: &str, otherwise: N) -> anyhow::Result<N>
+where
+    N: FromStr<Err = ParseIntError>,
+{
     match std::env::var(name) {
         Ok(text) => text.parse().with_context(|| format!("{name} has to be a whole number, but is `{text}`")),
         Err(_) => Ok(otherwise),

@@ -83,12 +83,9 @@ impl Process {
     /// Stops it in its tracks (SIGSTOP), and returns once it stands still.
     pub async fn freeze(&self) {
         self.signal(Signal::SIGSTOP);
-        let stat = format!("/proc/{}/stat", self.child.id());
-        let state = || async {
-            let stat = std::fs::read_to_string(&stat).unwrap_or_default();
-            stat.rsplit(") ").next().and_then(|rest| rest.chars().next())
-        };
-        eventually("a frozen process", Duration::from_secs(30), state, |state| *state == Some('T')).await;
+        let state = || async { Some(stat(self.id())?.swap_remove(0)) };
+        let is_stopped = |state: &Option<String>| state.as_deref() == Some("T");
+        eventually("a frozen process", Duration::from_secs(30), state, is_stopped).await;
     }
 
     /// Lets it go on as if nothing had happened.
@@ -131,13 +128,24 @@ impl Drop for Process {
         let _ = self.child.kill();
         let _ = self.child.wait();
         if std::thread::panicking() {
-            let log = self.log();
-            let tail: Vec<_> = log.lines().rev().take(60).collect();
-            let tail: Vec<_> = tail.into_iter().rev().collect();
             #[expect(clippy::print_stderr, reason = "the log of a failed test belongs in its output")]
             {
-                eprintln!("--- {} ---\n{}", self.name, tail.join("\n"));
+                eprintln!("--- {} ---\n{}", self.name, tail(&self.log(), 60));
             }
         }
     }
+}
+
+/// What the kernel tells of process `pid` in `/proc/PID/stat`, from the field after its name on: its state, its parent's
+/// number and more (proc(5)). `None` once it is gone.
+pub(crate) fn stat(pid: u32) -> Option<Vec<String>> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name may hold spaces and parentheses.
+    Some(stat.rsplit_once(") ")?.1.split_whitespace().map(str::to_owned).collect())
+}
+
+/// The last `count` lines of a log.
+pub(crate) fn tail(log: &str, count: usize) -> String {
+    let lines: Vec<&str> = log.lines().collect();
+    lines[lines.len().saturating_sub(count)..].join("\n")
 }

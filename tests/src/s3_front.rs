@@ -13,7 +13,7 @@ use bytes::Bytes;
 use http_body_util::combinators::BoxBody;
 use http_body_util::{BodyExt, Full, StreamBody};
 use hyper::body::{Frame, Incoming};
-use hyper::{Request, Response};
+use hyper::{Method, Request, Response};
 use hyper_util::rt::TokioIo;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinHandle;
@@ -37,6 +37,13 @@ pub enum S3Fault {
     Corrupt,
     /// The server does it, and the answer is lost.
     LoseAnswer,
+}
+
+impl S3Fault {
+    /// Whether a request of this kind can meet it at all.
+    fn meets(self, method: &Method) -> bool {
+        self != Self::StorageFull || matches!(*method, Method::PUT | Method::POST)
+    }
 }
 
 /// A running front.
@@ -100,16 +107,14 @@ impl Drop for S3Front {
 }
 
 impl Shared {
-    /// Whether the fault is that there is no room.
-    fn is_full(&self) -> bool {
-        let fault = self.fault.lock().expect("nothing panics under this lock");
-        matches!(*fault, Some((S3Fault::StorageFull, _)))
-    }
-
     /// The fault that this request meets, if any.
-    fn draw(&self) -> Option<S3Fault> {
+    fn draw(&self, method: &Method) -> Option<S3Fault> {
+        let fault = *self.fault.lock().expect("nothing panics under this lock");
+        if fault.is_some_and(|(fault, _)| !fault.meets(method)) {
+            return None;
+        }
         let number = self.requests.fetch_add(1, Ordering::Relaxed);
-        let (fault, percent) = (*self.fault.lock().expect("nothing panics under this lock"))?;
+        let (fault, percent) = fault?;
         // 37 has no factor in common with 100, so any hundred requests in a row meet it exactly `percent` times.
         let struck = number.wrapping_mul(37) % 100 < percent;
         struck.then(|| {
@@ -135,8 +140,7 @@ async fn accept(listener: TcpListener, shared: Arc<Shared>) {
 
 /// Answers one request; an error ends the connection without an answer.
 async fn answer(request: Request<Incoming>, shared: &Shared) -> Result<Response<Body>> {
-    let is_write = matches!(*request.method(), hyper::Method::PUT | hyper::Method::POST);
-    let fault = if is_write || !shared.is_full() { shared.draw() } else { None };
+    let fault = shared.draw(request.method());
     let (head, body) = request.into_parts();
     let body = body.collect().await?.to_bytes();
     match fault {
@@ -144,7 +148,7 @@ async fn answer(request: Request<Incoming>, shared: &Shared) -> Result<Response<
         Some(S3Fault::Status(status)) => {
             let code = if status == 503 { "SlowDown" } else { "InternalError" };
             let text = format!("<Error><Code>{code}</Code><Message>a test's doing</Message></Error>");
-            let text = if head.method == hyper::Method::HEAD { String::new() } else { text };
+            let text = if head.method == Method::HEAD { String::new() } else { text };
             Ok(Response::builder().status(status).body(whole(text.into()))?)
         }
         Some(S3Fault::StorageFull) => {

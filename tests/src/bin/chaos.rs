@@ -4,27 +4,14 @@
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
-use fleet_tests::chaos;
-
-/// A whole number from the environment.
-fn setting(name: &str) -> Result<Option<u64>> {
-    match std::env::var(name) {
-        Ok(text) => Ok(Some(
-            text.parse().with_context(|| format!("{name} has to be a whole number, but is `{text}`"))?,
-        )),
-        Err(_) => Ok(None),
-    }
-}
+use anyhow::Result;
+use fleet_tests::{chaos, setting};
 
 #[tokio::main]
 async fn main() -> Result<ExitCode> {
-    let seconds = setting("CHAOS_SECONDS")?.unwrap_or(600);
-    let seed = match setting("CHAOS_SEED")? {
-        Some(seed) => seed,
-        // Small enough to be typed again.
-        None => u64::from(uuid::Uuid::new_v4().as_fields().0),
-    };
+    let seconds = setting("CHAOS_SECONDS", 600)?;
+    // A new one is small enough to be typed again.
+    let seed = setting("CHAOS_SEED", u64::from(uuid::Uuid::new_v4().as_fields().0))?;
     let report = chaos::run(seed, Duration::from_secs(seconds), |line| println!("{line}")).await;
     println!("{report}");
     Ok(if report.is_clean() { ExitCode::SUCCESS } else { ExitCode::FAILURE })

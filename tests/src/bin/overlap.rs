@@ -10,7 +10,7 @@ use fleet_tests::{fleet, setting};
 
 #[tokio::main]
 async fn main() -> Result<()> {
-    let seconds = setting("OVERLAP_SECONDS", 8)?;
+    let seconds: u32 = setting("OVERLAP_SECONDS", 8)?;
     let steps = setting("OVERLAP_STEPS", 20)?;
     let mut cases = Vec::new();
     let checkpoint = std::env::var_os("OVERLAP_CHECKPOINT").map(PathBuf::from);

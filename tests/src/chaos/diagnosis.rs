@@ -6,6 +6,7 @@ use std::path::Path;
 use sqlx::PgPool;
 
 use super::crew::Crew;
+use crate::process::tail;
 
 /// Of each log.
 const QUOTED_LINES: usize = 12;
@@ -28,10 +29,10 @@ pub async fn take(crew: &Crew) -> String {
     let queues = crew.fleet.servers().try_rabbitmqctl(&[&["--quiet"], &columns[..]].concat());
     let _ = writeln!(text, "queues: name, state, ready, unacknowledged, consumers\n{}", indented(&queues));
     for (name, log) in crew.last_words().await {
-        let _ = writeln!(text, "{name}:\n{}", indented(&tail(&log)));
+        let _ = writeln!(text, "{name}:\n{}", indented(&tail(&log, QUOTED_LINES)));
     }
     let log = crew.fleet.servers().data_dir().join(BROKER_LOG);
-    let _ = writeln!(text, "the broker:\n{}", indented(&tail(&read(&log))));
+    let _ = writeln!(text, "the broker:\n{}", indented(&tail(&read(&log), QUOTED_LINES)));
     text
 }
 
@@ -47,11 +48,6 @@ async fn open_jobs(pool: &PgPool) -> Result<Vec<String>, sqlx::Error> {
 
 fn read(path: &Path) -> String {
     std::fs::read_to_string(path).unwrap_or_else(|error| format!("{}: {error}", path.display()))
-}
-
-fn tail(log: &str) -> String {
-    let lines: Vec<&str> = log.lines().collect();
-    lines[lines.len().saturating_sub(QUOTED_LINES)..].join("\n")
 }
 
 fn indented(text: &str) -> String {
