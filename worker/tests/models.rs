@@ -80,7 +80,7 @@ fn blocks_give_the_slices_that_diffusers_publishes() {
     let loaded = DownBlock::Plain(DownBlock2D::load(&block(name), &down));
     let mut down_block = |loaded: &DownBlock| {
         of_each(&mut |i| {
-            let time = loaded.time_biases(&picture(i, temb)).unwrap().remove(0);
+            let time = loaded.layers().time_biases(&picture(i, temb)).unwrap().remove(0);
             loaded.forward(&picture(i, &hidden_states), &time, &[], skipped).unwrap()
         })
     };
@@ -91,20 +91,20 @@ fn blocks_give_the_slices_that_diffusers_publishes() {
     let name = "UNetMidBlock2D";
     let loaded = UNetMidBlock2D::load(&block(name), 32, &resnet, Some(32));
     let mid_block = of_each(&mut |i| {
-        let time = loaded.time_biases(&picture(i, temb)).unwrap().remove(0);
+        let time = loaded.layers().time_biases(&picture(i, temb)).unwrap().remove(0);
         loaded.forward(&picture(i, &hidden_states), &time).unwrap()
     });
     compare(name, mid_block);
     let name = "UNetMidBlock2DCrossAttn";
     let loaded = UNetMidBlock2DCrossAttn::load(&block(name), 32, &resnet, &transformer);
     let mid_block = of_each(&mut |i| {
-        let time = loaded.time_biases(&picture(i, temb)).unwrap().remove(0);
+        let time = loaded.layers().time_biases(&picture(i, temb)).unwrap().remove(0);
         loaded.forward(&picture(i, &hidden_states), &time, &[]).unwrap()
     });
     compare(name, mid_block);
     let up_block = |loaded: &UpBlock| {
         of_each(&mut |i| {
-            let time = loaded.time_biases(&picture(i, temb)).unwrap().remove(0);
+            let time = loaded.layers().time_biases(&picture(i, temb)).unwrap().remove(0);
             let residuals = vec![picture(i, &residual)];
             loaded.forward(&picture(i, &hidden_states), &time, residuals, &[], None).unwrap()
         })

@@ -1,8 +1,8 @@
 //! The blocks that UNet and VAE are stacked from (diffusers' `models/unets/unet_2d_blocks.py`).
 //!
 //! `hidden_states` are of shape `(batch_size, channels, height, width)`. What does not change with them is made ahead: by
-//! `time_biases` from `temb`, of shape `(num_steps, temb_channels)` after SiLU, for each step a tensor for each ResNet
-//! ([`ResnetBlock2D::time_biases`]), and by `project_text` from `encoder_hidden_states`, of shape
+//! [`Layers::time_biases`] from `temb`, of shape `(num_steps, temb_channels)` after SiLU, for each step a tensor for each
+//! ResNet, and by [`Layers::project_text`] from `encoder_hidden_states`, of shape
 //! `(batch_size, text_length, cross_attention_dim)`, one list for each transformer; without any, transformers attend to
 //! themselves.
 
@@ -93,24 +93,31 @@ fn attentions(
 /// What each transformer of a block makes of a text.
 pub type TransformerTexts = Vec<Vec<KeyValue>>;
 
-/// For each step, each ResNet's [`ResnetBlock2D::time_biases`].
-fn time_biases(resnets: &[ResnetBlock2D], temb: &Tensor) -> Result<Vec<Vec<Tensor>>, TchError> {
-    let (num_steps, _) = temb.size2()?;
-    let mut steps: Vec<Vec<Tensor>> = (0..num_steps).map(|_| Vec::new()).collect();
-    for resnet in resnets {
-        for (step, bias) in steps.iter_mut().zip(resnet.time_biases(temb)?) {
-            step.push(bias);
-        }
-    }
-    Ok(steps)
+/// The parts of a block that something can be made for ahead.
+#[derive(Debug, Clone, Copy)]
+pub struct Layers<'b> {
+    resnets: &'b [ResnetBlock2D],
+    /// None in a block without attention to the text.
+    attentions: &'b [Transformer2DModel],
 }
 
-/// Each transformer's [`Transformer2DModel::project_text`].
-fn project_text(
-    attentions: &[Transformer2DModel],
-    encoder_hidden_states: &Tensor,
-) -> Result<TransformerTexts, TchError> {
-    attentions.iter().map(|attention| attention.project_text(encoder_hidden_states)).collect()
+impl Layers<'_> {
+    /// For each step, each ResNet's [`ResnetBlock2D::time_biases`].
+    pub fn time_biases(&self, temb: &Tensor) -> Result<Vec<Vec<Tensor>>, TchError> {
+        let (num_steps, _) = temb.size2()?;
+        let mut steps: Vec<Vec<Tensor>> = (0..num_steps).map(|_| Vec::new()).collect();
+        for resnet in self.resnets {
+            for (step, bias) in steps.iter_mut().zip(resnet.time_biases(temb)?) {
+                step.push(bias);
+            }
+        }
+        Ok(steps)
+    }
+
+    /// Each transformer's [`Transformer2DModel::project_text`].
+    pub fn project_text(&self, encoder_hidden_states: &Tensor) -> Result<TransformerTexts, TchError> {
+        self.attentions.iter().map(|attention| attention.project_text(encoder_hidden_states)).collect()
+    }
 }
 
 /// A transformer's part of a text; empty without one.
@@ -128,22 +135,12 @@ pub enum DownBlock {
 }
 
 impl DownBlock {
-    /// The ResNets, and the transformers, of which a plain block has none.
-    fn layers(&self) -> (&[ResnetBlock2D], &[Transformer2DModel]) {
+    /// What its ResNets and transformers are.
+    pub fn layers(&self) -> Layers<'_> {
         match self {
-            Self::CrossAttn(block) => (&block.resnets, &block.attentions),
-            Self::Plain(block) => (&block.resnets, &[]),
+            Self::CrossAttn(block) => Layers { resnets: &block.resnets, attentions: &block.attentions },
+            Self::Plain(block) => Layers { resnets: &block.resnets, attentions: &[] },
         }
-    }
-
-    /// See the top of this file.
-    pub fn time_biases(&self, temb: &Tensor) -> Result<Vec<Vec<Tensor>>, TchError> {
-        time_biases(self.layers().0, temb)
-    }
-
-    /// See the top of this file.
-    pub fn project_text(&self, encoder_hidden_states: &Tensor) -> Result<TransformerTexts, TchError> {
-        project_text(self.layers().1, encoder_hidden_states)
     }
 
     /// The block's output; what the up blocks will need is pushed onto `res_samples`, one tensor for each ResNet and
@@ -261,14 +258,9 @@ impl UNetMidBlock2DCrossAttn {
         }
     }
 
-    /// See the top of this file.
-    pub fn time_biases(&self, temb: &Tensor) -> Result<Vec<Vec<Tensor>>, TchError> {
-        time_biases(&self.resnets, temb)
-    }
-
-    /// See the top of this file.
-    pub fn project_text(&self, encoder_hidden_states: &Tensor) -> Result<TransformerTexts, TchError> {
-        project_text(std::slice::from_ref(&self.attention), encoder_hidden_states)
+    /// What its ResNets and transformers are.
+    pub fn layers(&self) -> Layers<'_> {
+        Layers { resnets: &self.resnets, attentions: std::slice::from_ref(&self.attention) }
     }
 
     /// Keeps the shape of `hidden_states`.
@@ -313,9 +305,9 @@ impl UNetMidBlock2D {
         }
     }
 
-    /// See the top of this file.
-    pub fn time_biases(&self, temb: &Tensor) -> Result<Vec<Vec<Tensor>>, TchError> {
-        time_biases(&self.resnets, temb)
+    /// What its ResNets are.
+    pub fn layers(&self) -> Layers<'_> {
+        Layers { resnets: &self.resnets, attentions: &[] }
     }
 
     /// Keeps the shape of `hidden_states`. `time` is empty in the VAE.
@@ -343,27 +335,17 @@ pub enum UpBlock {
 }
 
 impl UpBlock {
-    /// The ResNets, and the transformers, of which a plain block has none.
-    fn layers(&self) -> (&[ResnetBlock2D], &[Transformer2DModel]) {
+    /// What its ResNets and transformers are.
+    pub fn layers(&self) -> Layers<'_> {
         match self {
-            Self::CrossAttn(block) => (&block.resnets, &block.attentions),
-            Self::Plain(block) => (&block.resnets, &[]),
+            Self::CrossAttn(block) => Layers { resnets: &block.resnets, attentions: &block.attentions },
+            Self::Plain(block) => Layers { resnets: &block.resnets, attentions: &[] },
         }
-    }
-
-    /// See the top of this file.
-    pub fn time_biases(&self, temb: &Tensor) -> Result<Vec<Vec<Tensor>>, TchError> {
-        time_biases(self.layers().0, temb)
-    }
-
-    /// See the top of this file.
-    pub fn project_text(&self, encoder_hidden_states: &Tensor) -> Result<TransformerTexts, TchError> {
-        project_text(self.layers().1, encoder_hidden_states)
     }
 
     /// ResNets of the block: how many `res_samples` it takes.
     pub fn num_resnets(&self) -> usize {
-        self.layers().0.len()
+        self.layers().resnets.len()
     }
 
     /// The last layer alone, which makes the block's output where the block has no upsampler: on `hidden_states`, what the
@@ -375,7 +357,7 @@ impl UpBlock {
         res_sample: &Tensor,
         text: &[Vec<KeyValue>],
     ) -> Result<Tensor, TchError> {
-        let (resnets, attentions) = self.layers();
+        let Layers { resnets, attentions } = self.layers();
         let mut hidden_states = Tensor::f_cat(&[hidden_states, res_sample], 1)?;
         if let Some(resnet) = resnets.last() {
             hidden_states = resnet.forward(&hidden_states, time.last())?;

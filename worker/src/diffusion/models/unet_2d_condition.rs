@@ -124,11 +124,11 @@ impl UNet2DConditionModel {
         let sinusoids = self.time_proj.forward(timesteps)?.f_to_kind(kind)?;
         // Of shape `(timesteps.len(), time_embed_dim)`, with the SiLU that each ResNet would apply.
         let temb = self.time_embedding.forward(&sinusoids)?.f_silu_()?;
-        let of_down = |block: &DownBlock| block.time_biases(&temb);
-        let of_up = |block: &UpBlock| block.time_biases(&temb);
+        let of_down = |block: &DownBlock| block.layers().time_biases(&temb);
+        let of_up = |block: &UpBlock| block.layers().time_biases(&temb);
         // Of each block a list for each step; a step's are taken out of all of them.
         let mut down = self.down_blocks.iter().map(of_down).collect::<Result<Vec<_>, _>>()?;
-        let mut mid = self.mid_block.time_biases(&temb)?;
+        let mut mid = self.mid_block.layers().time_biases(&temb)?;
         let mut up = self.up_blocks.iter().map(of_up).collect::<Result<Vec<_>, _>>()?;
         let step = |i: usize| UNetTime {
             down: down.iter_mut().map(|steps| mem::take(&mut steps[i])).collect(),
@@ -145,10 +145,14 @@ impl UNet2DConditionModel {
             down: self
                 .down_blocks
                 .iter()
-                .map(|block| block.project_text(states))
+                .map(|block| block.layers().project_text(states))
                 .collect::<Result<_, _>>()?,
-            mid: self.mid_block.project_text(states)?,
-            up: self.up_blocks.iter().map(|block| block.project_text(states)).collect::<Result<_, _>>()?,
+            mid: self.mid_block.layers().project_text(states)?,
+            up: self
+                .up_blocks
+                .iter()
+                .map(|block| block.layers().project_text(states))
+                .collect::<Result<_, _>>()?,
         })
     }
 
