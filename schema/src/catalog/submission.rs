@@ -290,6 +290,8 @@ async fn model_terms(
         LEFT JOIN licence_acceptances AS acceptance
             ON acceptance.licence_id = licences.licence_id
            AND acceptance.principal = $2 AND acceptance.revoked_at IS NULL
+           -- One that came while this transaction waited is later than its batch, which starts with it.
+           AND acceptance.accepted_at <= now()
         WHERE models.name = $1";
     let terms =
         sqlx::query_as(sql).bind(&new.model).bind(&new.principal).fetch_optional(&mut **transaction).await?;

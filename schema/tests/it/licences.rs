@@ -102,6 +102,26 @@ async fn a_revoked_acceptance_does_not_count() {
 }
 
 #[tokio::test]
+async fn a_submission_that_began_before_the_acceptance_does_not_lean_on_it() {
+    let fixture = Fixture::new().await;
+    let mut hold = fixture.pool.begin().await.unwrap();
+    sqlx::query("LOCK TABLE models IN ACCESS EXCLUSIVE MODE").execute(&mut *hold).await.unwrap();
+    let mut batch = fixture.new_batch("eve's");
+    batch.principal = "eve".into();
+    let catalog = fixture.catalog.clone();
+    let early = batch.clone();
+    let submit = tokio::spawn(async move { catalog.submit_batch(&early, &new_jobs(1)).await });
+    fixture.wait_for_lock(&submit).await;
+    fixture.catalog.accept_licence("eve", fixture.model.licence_id, "cli", "I accept.").await.unwrap();
+    hold.commit().await.unwrap();
+    let error = submit.await.unwrap().unwrap_err();
+    assert!(matches!(error, SubmitError::LicenceNotAccepted { .. }), "{error:?}");
+
+    fixture.catalog.submit_batch(&batch, &new_jobs(1)).await.unwrap();
+    assert_eq!(fixture.catalog.broken_promises(None).await.unwrap(), []);
+}
+
+#[tokio::test]
 async fn the_tables_hold_the_licence_rule_by_themselves() {
     let fixture = Fixture::new().await;
     let (batch_id, _) = fixture.submit("good", 1).await;

@@ -261,6 +261,17 @@ pub const GUARDS: &[Guard] = &[
         tests: &["licences::a_revocation_that_waited_is_later_than_what_it_waited_for"],
     },
     Guard {
+        promise: "P5",
+        what: "a submission leans on no acceptance that is later than itself",
+        cuts: &[Cut {
+            file: "schema/src/catalog/submission.rs",
+            text: "AND acceptance.accepted_at <= now()",
+            replacement: "AND true",
+        }],
+        target: Target::Schema,
+        tests: &["licences::a_submission_that_began_before_the_acceptance_does_not_lean_on_it"],
+    },
+    Guard {
         promise: "P7",
         what: "a microbatch is told of a lease that is gone",
         cuts: &[Cut {
