@@ -10,7 +10,7 @@ deps: ## RabbitMQ and PostgreSQL from Debian, libtorch from PyPI into .deps/
 	@deploy/install-dependencies.sh
 
 build: deps ## The two binaries, in release mode
-	cargo build --release --locked --bins
+	cargo build --release --locked --bin darkroom --bin darkroom-worker
 
 demo: build ## Prompts in, pictures out, on this machine, with a contact sheet to look at
 	@demo/run.sh
@@ -22,9 +22,11 @@ bench: build ## The model's speed on this machine, beside diffusers if PYTHON (p
 	@bench/run.sh
 
 chaos: build ## Ten minutes of faults under load (CHAOS_SECONDS, CHAOS_SEED), then the promises are checked
+	cargo build --release --locked --bin chaos
 	@target/release/chaos
 
 load: build ## Fifty workers and a backlog (LOAD_JOBS, LOAD_WORKERS), and what grows meanwhile
+	cargo build --release --locked --bin load
 	@target/release/load
 
 guards: deps ## Removes each promise's guards, one at a time, and sees tests fail (GUARDS=P1,P4 for some); half an hour
@@ -32,6 +34,7 @@ guards: deps ## Removes each promise's guards, one at a time, and sees tests fai
 	@$${CARGO_TARGET_DIR:-target}/debug/guards
 
 bench-fleet: build ## The control plane at its limit beside each server alone (BENCH_JOBS …), and what that means for larger fleets
+	cargo build --release --locked --bin bench-fleet --bin capacity
 	@BENCH_JSON=target/bench-fleet.json target/release/bench-fleet
 	@target/release/capacity target/bench-fleet.json target/capacity.png
 
