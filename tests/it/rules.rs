@@ -1,6 +1,9 @@
 //! The rules at the door: licence, input, idempotency.
 
-use fleet_tests::{Fleet, Servers};
+use std::process::Command;
+use std::time::Duration;
+
+use fleet_tests::{Fleet, Servers, fleet};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn no_job_without_an_accepted_licence_and_the_error_says_how() {
@@ -49,4 +52,29 @@ async fn every_fault_of_a_file_is_reported_at_once_and_nothing_is_written() {
         assert!(named, "line {line}, {field}, {value}: {text}");
     }
     assert_eq!(fleet.count("SELECT count(*) FROM batches").await, 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_with_other_weights_than_the_registered_ones_draws_nothing() {
+    let fleet = Fleet::new(Servers::shared()).await;
+    let _scheduler = fleet.serve();
+    fleet.submit("a prompt\n", &["--width", "64", "--height", "64", "--num-inference-steps", "1"]);
+    let folder = fleet.folder().join("checkpoint");
+    let copied = Command::new("cp").arg("-r").arg(fleet::checkpoint()).arg(&folder).status().unwrap();
+    assert!(copied.success());
+    let file = "unet/diffusion_pytorch_model.safetensors";
+    let mut weights = std::fs::read(folder.join(file)).unwrap();
+    // One bit of the last weight: the file loads as before and draws almost the same.
+    *weights.last_mut().unwrap() ^= 1;
+    std::fs::write(folder.join(file), weights).unwrap();
+
+    let mut worker = fleet.worker(&["--model-dir", folder.to_str().unwrap()]);
+    let status = worker.exit(Duration::from_secs(120)).await;
+    assert!(!status.success());
+    let log = worker.log();
+    assert!(log.contains(&format!("{file} is not the registered one")), "{log}");
+    let told = "SELECT count(*) FROM workers WHERE stop_reason LIKE '%is not the registered one%'";
+    assert_eq!(fleet.count(told).await, 1);
+    assert_eq!(fleet.count("SELECT count(*) FROM attempts").await, 0);
+    assert_eq!(fleet.jobs_in("available").await, 1);
 }

@@ -46,14 +46,14 @@ pub async fn start(config: Config, shutdown: Shutdown) -> Result<()> {
         bail!("there is no model `{}`\nhint: register it with `darkroom models add`", config.model);
     };
     check_broker(&config).await?;
-    let load = pipeline_loader(&config, model.clone()).await?;
+    let loading = Loading::new(&config, &model);
     let store = S3ObjectStore::connect(config.s3_bucket.clone(), config.s3_addressing()).await;
     let worker = new_worker(&config, &model);
     let worker_id = worker.worker_id;
     catalog.register_worker(&worker).await.context("this worker could not be registered")?;
     info!(worker.id = %worker_id, worker.name = worker.name, model = %config.model, "Loading the {} pipeline", worker.pipeline);
 
-    let served = serve(&config, &catalog, store, load, &worker, metrics, shutdown).await;
+    let served = serve(&config, &catalog, store, loading, &worker, metrics, shutdown).await;
     let reason = match &served {
         Ok(StopReason::Asked) => "asked to stop".to_owned(),
         Ok(StopReason::Idle) => "idle".to_owned(),
@@ -78,14 +78,14 @@ async fn serve(
     config: &Config,
     catalog: &PgCatalog,
     store: S3ObjectStore,
-    load: PipelineLoader,
+    loading: Loading,
     worker: &NewWorker,
     metrics: Arc<Metrics>,
     shutdown: Shutdown,
 ) -> Result<StopReason> {
     let trace = open_trace(config)?;
     let engine = tokio::select! {
-        engine = Engine::load(load, trace.clone()) => engine?,
+        engine = loading.run(trace.clone()) => engine?,
         () = shutdown.drain.cancelled() => return Ok(StopReason::Asked),
     };
     // Only now, so that no message waits while weights are read.
@@ -155,21 +155,45 @@ async fn check_broker(config: &Config) -> Result<()> {
     Ok(())
 }
 
-/// Checks what can be checked before loading, and tells how to load.
-async fn pipeline_loader(config: &Config, model: Model) -> Result<PipelineLoader> {
-    match config.pipeline {
-        PipelineChoice::SolidColor => {
-            let time_per_picture = config.solid_color_time();
-            Ok(Box::new(move || Ok(Box::new(SolidColorPipeline::new(time_per_picture)))))
+/// How the pipeline is loaded, and what has to be found true meanwhile.
+struct Loading {
+    load: PipelineLoader,
+    /// The registered model and the folder that should hold it.
+    files: Option<(Model, PathBuf)>,
+}
+
+impl Loading {
+    fn new(config: &Config, model: &Model) -> Self {
+        match config.pipeline {
+            PipelineChoice::SolidColor => {
+                let time_per_picture = config.solid_color_time();
+                Self {
+                    load: Box::new(move || Ok(Box::new(SolidColorPipeline::new(time_per_picture)))),
+                    files: None,
+                }
+            }
+            PipelineChoice::StableDiffusion => {
+                let folder = config.model_dir.clone().unwrap_or_else(|| PathBuf::from(&model.folder));
+                let files = Some((model.clone(), folder.clone()));
+                let (device, dtype) = (config.device, config.dtype);
+                let load = move || Ok(Box::new(StableDiffusionPipeline::load(&folder, device, dtype)?) as _);
+                Self { load: Box::new(load), files }
+            }
         }
-        PipelineChoice::StableDiffusion => {
-            let folder = config.model_dir.clone().unwrap_or_else(|| PathBuf::from(&model.folder));
-            let verified = folder.clone();
-            let verify = tokio::task::spawn_blocking(move || model_files::verify(&model, &verified));
-            verify.await.context("checking the model's files died")??;
-            let (device, dtype) = (config.device, config.dtype);
-            Ok(Box::new(move || Ok(Box::new(StableDiffusionPipeline::load(&folder, device, dtype)?))))
-        }
+    }
+
+    /// Loads the weights and checks side by side that they are the registered ones: the disk is read once for both. Other
+    /// weights than the registered ones are the first thing to hear about.
+    async fn run(self, trace: Trace) -> Result<Engine> {
+        let Self { load, files } = self;
+        let verify = async {
+            let Some((model, folder)) = files else { return Ok(()) };
+            let verify = tokio::task::spawn_blocking(move || model_files::verify(&model, &folder));
+            anyhow::Ok(verify.await.context("checking the model's files died")??)
+        };
+        let (verified, engine) = tokio::join!(verify, Engine::load(load, trace));
+        verified?;
+        Ok(engine?)
     }
 }
 

@@ -12,6 +12,8 @@ use std::fmt::Display;
 use std::fs::File;
 use std::ops::Div;
 use std::path::Path;
+use std::sync::Arc;
+use std::thread;
 
 use memmap2::{Advice, Mmap};
 use safetensors::SafeTensors;
@@ -24,6 +26,9 @@ use super::load_error::Fault;
 
 /// How many bytes of a safetensors file give the header's length (the format's definition).
 const HEADER_LENGTH_BYTES: usize = 8;
+
+/// What [`read_ahead`] asks for at once: enough for a disk to be at its fastest, little enough to stop soon.
+const READ_AHEAD_BYTES: usize = 16 << 20;
 
 /// A source of weights and what became of its tensors.
 #[derive(Debug)]
@@ -39,7 +44,7 @@ pub struct WeightFile {
 #[derive(Debug)]
 enum Source {
     /// A memory-mapped safetensors file.
-    Mapped { map: Mmap, data_start: usize, entries: BTreeMap<String, Entry> },
+    Mapped { map: Arc<Mmap>, data_start: usize, entries: BTreeMap<String, Entry> },
     /// A seed; remembers what was asked for.
     Drawn { weights: DrawnWeights, asked_for: RefCell<Vec<DrawnTensor>> },
 }
@@ -96,8 +101,8 @@ impl WeightFile {
         // SAFETY: the map is read while the model is loaded and then dropped. A checkpoint is not rewritten in place
         // while workers load it: installing one means writing new files.
         let map = unsafe { Mmap::map(&handle) }.map_err(unreadable)?;
-        // All of it will be needed: the kernel reads ahead while the tensors before are copied. Advice may be refused.
-        let _ = map.advise(Advice::WillNeed);
+        let map = Arc::new(map);
+        read_ahead(Arc::clone(&map));
         let (header_length, metadata) = SafeTensors::read_metadata(&map)
             .map_err(|error| Fault::Safetensors { file: file.to_owned(), reason: error.to_string() })?;
         let mut faults = Vec::new();
@@ -187,6 +192,25 @@ impl WeightFile {
     fn place(&self, tensor: &Tensor) -> Result<Tensor, TchError> {
         tensor.f_to_device_(self.device, self.kind, false, false)
     }
+}
+
+/// Brings a file into memory from its start to its end, on a thread of its own, while its tensors are copied: they lie in
+/// another order than they are asked for in, and fetching them page by page takes several times as long as the disk needs.
+/// Stops when the file is no longer used. Where the kernel or the system has no thread or advice to give, nothing is lost
+/// but time.
+fn read_ahead(map: Arc<Mmap>) {
+    // A name is not worth an error; neither is the thread.
+    let _ = thread::Builder::new().name("read-ahead".to_owned()).spawn(move || {
+        let mut start = 0;
+        while start < map.len() && Arc::strong_count(&map) > 1 {
+            let length = READ_AHEAD_BYTES.min(map.len() - start);
+            if map.advise_range(Advice::PopulateRead, start, length).is_err() {
+                // Before Linux 5.14. This one returns at once, or when the disk's queue has room again.
+                let _ = map.advise_range(Advice::WillNeed, start, length);
+            }
+            start += length;
+        }
+    });
 }
 
 /// libtorch's name of a safetensors dtype, if it is one that weights are stored in.
