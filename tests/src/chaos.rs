@@ -36,7 +36,7 @@ const LEDGER_INTERVAL: Duration = Duration::from_secs(10);
 /// How long a question to a database that may be away is repeated.
 const ASK_LIMIT: Duration = Duration::from_secs(120);
 
-/// Breaks a fleet for `length` as `seed` says, telling `tell` how it goes.
+/// Breaks a fleet for `length` as `seed` says, telling `tell` how it goes and went.
 pub async fn run(seed: u64, length: Duration, tell: impl Fn(&str) + Send + Sync + 'static) -> Report {
     let tell = Arc::new(tell);
     let strikes = plan::draw(seed, length);
@@ -81,6 +81,8 @@ pub async fn run(seed: u64, length: Duration, tell: impl Fn(&str) + Send + Sync 
     let discarded = ask(|| report::discarded(fleet.pool())).await;
     let report =
         Report { seed, account, bucket, violations, discarded, faults: tally.counts(), recovery, length };
+    // Before the fleet goes: removing its objects takes a while.
+    tell(&report.to_string());
     if !report.is_clean() {
         tell(&format!("the logs are kept in {}", keep_logs(&fleet, seed).display()));
     }

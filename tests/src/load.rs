@@ -53,7 +53,7 @@ pub struct Report {
     charged: i64,
 }
 
-/// Runs the load to its end, telling `tell` how it goes.
+/// Runs the load to its end, telling `tell` how it goes and went.
 ///
 /// # Panics
 /// When nothing moves for five minutes.
@@ -90,7 +90,10 @@ pub async fn run(load: Load, tell: impl Fn(&str)) -> Report {
     }
     let completed = fleet.jobs_in("completed").await;
     let charged = fleet.count("SELECT count(*) FROM jobs WHERE attempt <> 1").await;
-    Report { load, samples, completed, charged }
+    let report = Report { load, samples, completed, charged };
+    // Before the fleet goes: removing so many objects can take longer than drawing them.
+    tell(&report.to_string());
+    report
 }
 
 async fn look(fleet: &Fleet, started: Instant, scheduler: &Process, workers: &[Process]) -> Sample {
