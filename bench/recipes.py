@@ -7,7 +7,7 @@ other programs use too: one `darkroom-worker bench --on-demand` for each recipe,
 drifts is slow for all of them alike. Pictures are compared with the exact one of the same caption and seed, and with the caption
 itself by the demo's pixel rule. The safety checker is left out, since it would black out some pictures of both.
 
-Needs numpy and Pillow, and nothing of torch.
+Needs numpy and Pillow, and nothing of torch. An interrupt (Ctrl-C) ends the drawing and compares what there is by then.
 """
 
 import argparse
@@ -71,7 +71,7 @@ class Contestant:
         # `bench` has its own default scheduler and number of steps; clap refuses an option twice.
         exact = {"--scheduler": "pndm", "--num-inference-steps": "50"}
         both = exact | dict(zip(options[::2], options[1::2]))
-        command = [binary, "--log", "warn", "bench", "--on-demand", "--model", model]
+        command = [binary, "--log", "error", "bench", "--on-demand", "--model", model]
         command += [word for pair in both.items() for word in pair]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout.readline() == "ready\n", "the program did not start"
@@ -111,7 +111,7 @@ def time_all(args, model):
 def draw(args, model, row, options, folder):
     """The picture of a caption, `(height, width, 3)` uint8."""
     output = folder / "picture.png"
-    command = [args.binary, "--log", "warn", "generate", "--model", model, "--prompt", row["prompt"], "--seed", row["seed"],
+    command = [args.binary, "--log", "error", "generate", "--model", model, "--prompt", row["prompt"], "--seed", row["seed"],
                "--output", output, *options]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return np.asarray(Image.open(output).convert("RGB"))
@@ -166,12 +166,17 @@ def main():
         model = without_checker(args.model, folder / "model")
         speed = time_all(args, model)
         pictures = {name: [] for name in RECIPES}
-        for number, (row, _) in enumerate(captions):
-            for name, options in RECIPES.items():
-                pictures[name].append(draw(args, model, row, options, folder))
-            print(f"drawn {number + 1} of {len(captions)} captions", file=sys.stderr)
-    results = compare(pictures, scenes)
-    print(f"{len(captions)} captions; time is processor time of whole pictures, {args.rounds} rounds")
+        try:
+            for number, (row, _) in enumerate(captions):
+                drawn = {name: draw(args, model, row, options, folder) for name, options in RECIPES.items()}
+                for name, picture in drawn.items():
+                    pictures[name].append(picture)
+                print(f"drawn {number + 1} of {len(captions)} captions", file=sys.stderr)
+        except KeyboardInterrupt:
+            print("interrupted: the captions drawn so far are compared", file=sys.stderr)
+    count = len(pictures["exact"])
+    results = compare(pictures, scenes[:count])
+    print(f"{count} captions; time is processor time of whole pictures, {args.rounds} rounds")
     print(f"{'recipe':15}{'UNet calls':>11}{'seconds':>9}{'times as fast':>21}{'PSNR':>7}{'worst':>7}{'changed':>9}{'worst':>8}"
           f"{'colors':>8}{'shape+place':>12}{'all right':>10}")
     for name in RECIPES:
@@ -182,7 +187,7 @@ def main():
               f"{found['psnr_worst']:7.1f}{found['changed_mean']:9.1%}{found['changed_worst']:8.1%}{found['colors']:8}"
               f"{found['shape_and_place']:12}{found['right']:10}")
     if args.sheet:
-        write_sheet(args.sheet, pictures, min(args.sheet_rows, len(captions)))
+        write_sheet(args.sheet, pictures, min(args.sheet_rows, count))
     if args.json:
         args.json.write_text(json.dumps({name: speed[name] | results[name] for name in RECIPES}, indent=2) + "\n")
 
