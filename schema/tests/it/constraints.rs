@@ -168,7 +168,8 @@ async fn jobs_keep_the_limits_of_the_spec() {
         ("jobs_width", "width", "500"),
         ("jobs_height", "height", "2056"),
         ("jobs_guidance_start", "guidance_start", "-0.1"),
-        ("jobs_guidance_start", "guidance_start", "'NaN'"),
+        // NaN is greater than all numbers, and the rules are looked at in the order of their names.
+        ("jobs_guidance_interval", "guidance_start", "'NaN'"),
         ("jobs_guidance_stop", "guidance_stop", "1.1"),
         ("jobs_guidance_stop", "guidance_stop", "'NaN'"),
         ("jobs_guidance_interval", "guidance_start, guidance_stop", "0.7, 0.2"),
