@@ -1,6 +1,6 @@
 //! From the lines of a prompt file to the jobs of a batch: defaults filled in, every rule checked, every fault kept.
 use schema::limits::MAX_SEED;
-use schema::{JobSpec, NewJob, NoiseScheduler, SpecDefaults, SpecFault};
+use schema::{JobSpec, NewJob, NoiseScheduler, Recipe, SpecDefaults, SpecFault};
 
 use crate::prompt_file::{InputFault, PromptLine, Trouble};
 
@@ -28,6 +28,16 @@ pub struct BatchDefaults {
     /// Noise scheduler: pndm, ddim, euler, euler_a, dpmpp_2m, dpmpp_2m_karras, unipc or lms. [default: the model's]
     #[arg(long, value_name = "NAME")]
     pub scheduler: Option<NoiseScheduler>,
+    /// First step with guidance, as a fraction of all steps. Steps without it take half the time and change the picture. [default: 0]
+    #[arg(long, value_name = "FRACTION", allow_negative_numbers = true)]
+    pub guidance_start: Option<f64>,
+    /// End of the steps with guidance, as a fraction of all steps: the last steps need it least. Changes the picture. [default: 1]
+    #[arg(long, value_name = "FRACTION", allow_negative_numbers = true)]
+    pub guidance_stop: Option<f64>,
+    /// Run the whole UNet every so many steps, and only its outermost layer between them (DeepCache): 2 to 5 are usual, more is
+    /// faster and further from the exact picture. [default: 1, always the whole]
+    #[arg(long, value_name = "STEPS")]
+    pub cache_interval: Option<u32>,
 }
 
 impl BatchDefaults {
@@ -40,6 +50,11 @@ impl BatchDefaults {
             width: self.width.unwrap_or(model.width),
             height: self.height.unwrap_or(model.height),
             noise_scheduler: self.scheduler.unwrap_or(model.noise_scheduler),
+            recipe: Recipe {
+                guidance_start: self.guidance_start.unwrap_or(model.recipe.guidance_start),
+                guidance_stop: self.guidance_stop.unwrap_or(model.recipe.guidance_stop),
+                cache_interval: self.cache_interval.unwrap_or(model.recipe.cache_interval),
+            },
         }
     }
 }
@@ -147,6 +162,24 @@ mod tests {
             })
             .collect();
         assert_eq!(told, [(5, 256, 512, NoiseScheduler::Ddim), (9, 256, 512, NoiseScheduler::Ddim)]);
+    }
+
+    #[test]
+    fn a_recipe_is_the_lines_then_the_batchs_and_else_none() {
+        let text = "prompt,guidance_start,guidance_stop,cache_interval\na,,,\nb,0.1,,1\nc,0.9,,\n";
+        assert!(jobs(&lines("prompt\na\n"), &defaults(), None, 1).unwrap()[0].spec.recipe().is_exact());
+        let flags =
+            BatchDefaults { guidance_stop: Some(0.7), cache_interval: Some(3), ..BatchDefaults::default() };
+        let faults = jobs(&lines(text), &flags.over(defaults()), None, 1).unwrap_err();
+        let faults: Vec<_> = faults.iter().map(ToString::to_string).collect();
+        // A line's start and its batch's stop are one interval.
+        assert_eq!(faults, ["4: `guidance_stop` has to be at least `guidance_start` (0.9), but is 0.7"]);
+        let good = lines(text.trim_end_matches("c,0.9,,\n"));
+        let recipes =
+            jobs(&good, &flags.over(defaults()), None, 1).unwrap().into_iter().map(|job| job.spec.recipe());
+        let recipe = Recipe { guidance_start: 0.0, guidance_stop: 0.7, cache_interval: 3 };
+        let own = Recipe { guidance_start: 0.1, cache_interval: 1, ..recipe };
+        assert_eq!(recipes.collect::<Vec<_>>(), [recipe, own]);
     }
 
     #[test]

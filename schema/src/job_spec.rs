@@ -14,6 +14,7 @@ use field::SpecField;
 use serde::{Deserialize, Serialize};
 use valid::{UncheckedSpec, ValidJobSpec};
 
+use crate::recipe::Recipe;
 use crate::state::NoiseScheduler;
 
 /// One job as a person submits it; what is left out comes from [`SpecDefaults`].
@@ -43,6 +44,15 @@ pub struct JobSpec {
     /// The noise scheduler.
     #[serde(default, rename = "scheduler")]
     pub noise_scheduler: Option<NoiseScheduler>,
+    /// First step with guidance, as a fraction of all steps; see [`Recipe`].
+    #[serde(default)]
+    pub guidance_start: Option<f64>,
+    /// End of the steps with guidance, as a fraction of all steps.
+    #[serde(default)]
+    pub guidance_stop: Option<f64>,
+    /// Every so many steps the whole UNet is run.
+    #[serde(default)]
+    pub cache_interval: Option<u32>,
     /// The submitter's own name for the job; kept, never interpreted.
     #[serde(default)]
     pub client_ref: Option<String>,
@@ -63,6 +73,9 @@ pub struct SpecDefaults {
     pub height: u32,
     /// The noise scheduler.
     pub noise_scheduler: NoiseScheduler,
+    /// What is left out of the denoising: of a model's defaults nothing, so it is always somebody's wish.
+    #[serde(flatten)]
+    pub recipe: Recipe,
 }
 
 impl SpecDefaults {
@@ -75,6 +88,7 @@ impl SpecDefaults {
             width,
             height,
             noise_scheduler,
+            recipe: Recipe::EXACT,
         }
     }
 
@@ -108,6 +122,9 @@ impl JobSpec {
             SpecField::Width => self.width = Some(parse(field, text)?),
             SpecField::Height => self.height = Some(parse(field, text)?),
             SpecField::NoiseScheduler => self.noise_scheduler = Some(parse(field, text)?),
+            SpecField::GuidanceStart => self.guidance_start = Some(parse(field, text)?),
+            SpecField::GuidanceStop => self.guidance_stop = Some(parse(field, text)?),
+            SpecField::CacheInterval => self.cache_interval = Some(parse(field, text)?),
         }
         Ok(())
     }
@@ -146,6 +163,11 @@ impl JobSpec {
             width: self.width.unwrap_or(defaults.width),
             height: self.height.unwrap_or(defaults.height),
             noise_scheduler: self.noise_scheduler.unwrap_or(defaults.noise_scheduler),
+            recipe: Recipe {
+                guidance_start: self.guidance_start.unwrap_or(defaults.recipe.guidance_start),
+                guidance_stop: self.guidance_stop.unwrap_or(defaults.recipe.guidance_stop),
+                cache_interval: self.cache_interval.unwrap_or(defaults.recipe.cache_interval),
+            },
             client_ref: self.client_ref.clone(),
         };
         match ValidJobSpec::try_from(filled) {

@@ -13,6 +13,7 @@ mod message;
 mod microbatch_key;
 mod model_name;
 mod object_key;
+mod recipe;
 mod sha256;
 mod state;
 mod topology;
@@ -46,6 +47,7 @@ pub use message::{DecodeError, JobMessage};
 pub use microbatch_key::{MicrobatchKey, MicrobatchKeyError};
 pub use model_name::{ModelName, ModelNameError};
 pub use object_key::{ObjectKey, ObjectKeyError};
+pub use recipe::Recipe;
 pub use sha256::{Sha256Digest, Sha256DigestError};
 pub use state::{
     AttemptOutcome, ErrorClass, JobState, Lease, LeaseLost, NoiseScheduler, PriorityBand, TRANSITIONS,

@@ -15,5 +15,6 @@ mod judged;
 mod main_job;
 mod operations;
 mod poison;
+mod recipes;
 mod rules;
 mod tidy;

@@ -260,6 +260,7 @@ impl<Q: Queue, S: ObjectStore, C: Catalog> Completer<Q, S, C> {
             device: pipeline.device.clone(),
             dtype: image.dtype.clone(),
             noise_dtype: pipeline.noise_dtype.clone(),
+            recipe: image.recipe,
             timings: StageTimings {
                 text_encoder_ms: milliseconds(times.text_encoder),
                 denoise_ms: milliseconds(times.denoise),

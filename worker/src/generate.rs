@@ -356,6 +356,7 @@ fn encode(image: &GeneratedImage, infotext: &str) -> anyhow::Result<Vec<u8>> {
         special_care_scores: Vec::new(),
         prompt_truncated: image.truncated_prompt.is_some(),
         dtype: String::new(),
+        recipe: schema::Recipe::default(),
     };
     Ok(crate::png::encode(&image, &[(crate::png::PARAMETERS, infotext)])?)
 }

@@ -62,8 +62,7 @@ pub fn infotext(spec: &ValidJobSpec, model_name: &str, weights_sha256: &Sha256Di
         height: spec.height(),
         model: model_name,
         weights_sha256: Some(weights_sha256),
-        // Jobs cannot ask for another one yet.
-        recipe: Recipe::default(),
+        recipe: spec.recipe().into(),
     };
     parameters.to_infotext()
 }

@@ -6,7 +6,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use schema::ValidJobSpec;
+use schema::{Recipe, ValidJobSpec};
 
 use crate::control::Control;
 
@@ -45,6 +45,8 @@ pub struct GeneratedImage {
     pub prompt_truncated: bool,
     /// What it was computed in: the pipeline's dtype, or `f32` where that gave numbers that are not finite.
     pub dtype: String,
+    /// What was left out of its denoising.
+    pub recipe: Recipe,
 }
 
 /// What became of one picture of a call.

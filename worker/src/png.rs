@@ -5,7 +5,7 @@
 //! in them, so a job that runs twice makes the same file and the same object key.
 
 use png::text_metadata::{ITXtChunk, TEXtChunk};
-use schema::{AcceptanceId, BatchId, JobId, ModelName, NoiseScheduler, Sha256Digest, ValidJobSpec};
+use schema::{AcceptanceId, BatchId, JobId, ModelName, NoiseScheduler, Recipe, Sha256Digest, ValidJobSpec};
 use serde::{Deserialize, Serialize};
 
 use crate::infotext::infotext;
@@ -90,6 +90,10 @@ pub struct PictureRecord {
     pub num_inference_steps: u32,
     /// Weight of classifier-free guidance.
     pub guidance_scale: f32,
+    /// What was left out of the denoising: `guidance_start`, `guidance_stop` and `cache_interval`, or none of the three for the exact
+    /// picture, whose file is what it was before there were recipes.
+    #[serde(flatten, skip_serializing_if = "Recipe::is_exact")]
+    pub recipe: Recipe,
     /// Pixels in a row.
     pub width: u32,
     /// Rows.
@@ -126,6 +130,7 @@ impl PictureRecord {
             scheduler: spec.noise_scheduler(),
             num_inference_steps: spec.num_inference_steps(),
             guidance_scale: spec.guidance_scale(),
+            recipe: image.recipe,
             width: image.width,
             height: image.height,
             noise_dtype: provenance.noise_dtype.to_owned(),

@@ -95,5 +95,7 @@ fn plain(spec: &ValidJobSpec) -> GeneratedImage {
         special_care_scores: Vec::new(),
         prompt_truncated: false,
         dtype: "f32".to_owned(),
+        // Its color is its seed's, whatever else is asked for.
+        recipe: spec.recipe(),
     }
 }

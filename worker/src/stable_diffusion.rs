@@ -89,7 +89,7 @@ impl StableDiffusionPipeline {
             });
             *picture = match generation {
                 Ok(mut generation) => match generation.images.pop() {
-                    Some(image) => outcome(image, ComputeDtype::F32),
+                    Some(image) => outcome(image, ComputeDtype::F32, parameters.recipe),
                     None => continue,
                 },
                 Err(diffusion::PipelineError::Stopped { .. }) => PictureOutcome::Dropped,
@@ -110,14 +110,16 @@ impl Pipeline for StableDiffusionPipeline {
         control: &mut Control,
     ) -> Result<Generated, PipelineError> {
         let requests: Vec<ImageRequest> = specs.iter().map(|spec| request(spec)).collect();
-        let generation = self.model.generate(&requests, &parameters(specs[0]), &mut |progress| {
+        let parameters = parameters(specs[0]);
+        let generation = self.model.generate(&requests, &parameters, &mut |progress| {
             step_control(progress, control.after_step(progress.step_index + 1, progress.num_steps))
         });
         match generation {
             Ok(generation) => {
                 let dtype = self.model.options().dtype;
                 let images = generation.images.into_iter();
-                let mut pictures: Vec<_> = images.map(|image| outcome(image, dtype)).collect();
+                let mut pictures: Vec<_> =
+                    images.map(|image| outcome(image, dtype, parameters.recipe)).collect();
                 self.retry_in_f32(specs, &mut pictures, control);
                 Ok(Generated { pictures, times: times(generation.seconds) })
             }
@@ -146,8 +148,24 @@ fn parameters(spec: &ValidJobSpec) -> GenerationParameters {
         num_inference_steps: spec.num_inference_steps() as usize,
         scheduler: scheduler_kind(spec.noise_scheduler()),
         noise: None,
-        // Jobs cannot ask for another one yet: a picture's row has no place for it.
-        recipe: Recipe::default(),
+        recipe: spec.recipe().into(),
+    }
+}
+
+/// What a job leaves out, in the model code's words.
+impl From<schema::Recipe> for Recipe {
+    fn from(recipe: schema::Recipe) -> Self {
+        let schema::Recipe { guidance_start, guidance_stop, cache_interval } = recipe;
+        Self { guidance_interval: (guidance_start, guidance_stop), cache_interval: cache_interval as usize }
+    }
+}
+
+/// What was left out, in the catalog's words.
+impl From<Recipe> for schema::Recipe {
+    fn from(recipe: Recipe) -> Self {
+        let Recipe { guidance_interval: (guidance_start, guidance_stop), cache_interval } = recipe;
+        let cache_interval = u32::try_from(cache_interval).unwrap_or(u32::MAX);
+        Self { guidance_start, guidance_stop, cache_interval }
     }
 }
 
@@ -176,7 +194,11 @@ fn step_control(progress: &StepProgress<'_>, verdict: Verdict<'_>) -> StepContro
     }
 }
 
-fn outcome(image: Result<diffusion::GeneratedImage, ImageError>, dtype: ComputeDtype) -> PictureOutcome {
+fn outcome(
+    image: Result<diffusion::GeneratedImage, ImageError>,
+    dtype: ComputeDtype,
+    recipe: Recipe,
+) -> PictureOutcome {
     match image {
         Ok(image) => {
             let safety = image.safety;
@@ -192,6 +214,7 @@ fn outcome(image: Result<diffusion::GeneratedImage, ImageError>, dtype: ComputeD
                 special_care_scores: safety.map(|verdict| verdict.special_care_scores).unwrap_or_default(),
                 prompt_truncated: image.truncated_prompt.is_some(),
                 dtype: dtype.to_string(),
+                recipe: recipe.into(),
             })
         }
         Err(ImageError::Dropped { .. }) => PictureOutcome::Dropped,
@@ -260,6 +283,15 @@ mod tests {
         for &noise_scheduler in NoiseScheduler::ALL {
             assert_eq!(scheduler_kind(noise_scheduler).as_str(), noise_scheduler.as_str());
         }
+    }
+
+    #[test]
+    fn a_recipe_is_the_same_in_both_vocabularies() {
+        assert_eq!(Recipe::from(schema::Recipe::EXACT), Recipe::default());
+        let recipe = schema::Recipe { guidance_start: 0.1, guidance_stop: 0.7, cache_interval: 3 };
+        let ours = Recipe { guidance_interval: (0.1, 0.7), cache_interval: 3 };
+        assert_eq!(Recipe::from(recipe), ours);
+        assert_eq!(schema::Recipe::from(ours), recipe);
     }
 
     #[test]

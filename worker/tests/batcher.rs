@@ -12,12 +12,14 @@ use worker::batcher::{Batcher, Company, weight};
 
 const MAX_WAIT: Duration = Duration::from_millis(100);
 
-/// Any company for small sizes; the last size is that of suspects, two at most together.
+/// Any company for small sizes; the last size is that of suspects, two at most together, and the one before differs from the
+/// first by its recipe alone.
 const SUSPECTS: u32 = 3;
+const WITH_RECIPE: u32 = 2;
 
 fn key(size: u32) -> Company {
-    let key: MicrobatchKey =
-        format!("{}x512/50/pndm/cfg", 64 * (size + 1)).parse().expect("a well-formed key");
+    let (width, recipe) = if size == WITH_RECIPE { (64, "/0-0.5/3") } else { (64 * (size + 1), "") };
+    let key: MicrobatchKey = format!("{width}x512/50/pndm/cfg{recipe}").parse().expect("a well-formed key");
     Company { key, limit: (size == SUSPECTS).then_some(2) }
 }
 
@@ -122,6 +124,18 @@ fn a_full_group_goes_at_once_and_a_part_group_after_its_wait() {
     batcher.push(key(1), PriorityBand::Normal, 'c', start);
     assert_eq!(batcher.next_microbatch(start + MAX_WAIT), Some((key(1), vec!['c'])));
     assert_eq!(batcher.due_at(), None);
+}
+
+#[test]
+fn jobs_of_different_recipes_do_not_share_a_microbatch() {
+    let mut batcher = Batcher::new(2, MAX_WAIT);
+    let start = Instant::now();
+    batcher.push(key(0), PriorityBand::Normal, "exact", start);
+    batcher.push(key(WITH_RECIPE), PriorityBand::Normal, "cached", start);
+    assert_eq!(batcher.next_microbatch(start), None, "two jobs, but not two of a kind");
+    batcher.push(key(WITH_RECIPE), PriorityBand::Normal, "cached too", start);
+    assert_eq!(batcher.next_microbatch(start), Some((key(WITH_RECIPE), vec!["cached", "cached too"])));
+    assert_eq!(batcher.next_microbatch(start + MAX_WAIT), Some((key(0), vec!["exact"])));
 }
 
 #[test]

@@ -110,8 +110,8 @@ fn as_read(prompt: &str) -> String {
     prompt.trim().split('\n').map(line).collect::<Vec<_>>().join("\n")
 }
 
-fn spec(prompt: &str, negative_prompt: &str, noise_scheduler: NoiseScheduler) -> ValidJobSpec {
-    let spec = JobSpec {
+fn wish(prompt: &str, negative_prompt: &str, noise_scheduler: NoiseScheduler) -> JobSpec {
+    JobSpec {
         prompt: prompt.to_owned(),
         negative_prompt: Some(negative_prompt.to_owned()),
         seed: Some(965_400_086),
@@ -120,8 +120,12 @@ fn spec(prompt: &str, negative_prompt: &str, noise_scheduler: NoiseScheduler) ->
         width: Some(16 * 8),
         height: Some(8 * 8),
         noise_scheduler: Some(noise_scheduler),
-        client_ref: None,
-    };
+        ..JobSpec::default()
+    }
+}
+
+fn spec(prompt: &str, negative_prompt: &str, noise_scheduler: NoiseScheduler) -> ValidJobSpec {
+    let spec = wish(prompt, negative_prompt, noise_scheduler);
     spec.validate(&SpecDefaults::of_model(512, 512, NoiseScheduler::Pndm)).expect("a valid spec")
 }
 
@@ -136,6 +140,7 @@ fn image(spec: &ValidJobSpec) -> GeneratedImage {
         special_care_scores: vec![-0.2],
         prompt_truncated: false,
         dtype: "f32".to_owned(),
+        recipe: spec.recipe(),
     }
 }
 
@@ -306,6 +311,38 @@ fn the_record_names_job_model_licence_and_verdict() {
       "software": "darkroom VERSION"
     }
     "#);
+}
+
+/// A file of the exact picture says nothing of a recipe: its bytes, and so its key in the bucket, are what they always were.
+#[test]
+fn a_recipe_is_in_both_texts_and_an_exact_picture_has_no_word_of_one() {
+    let exact = spec("a red circle", "", NoiseScheduler::Pndm);
+    let texts = decoded(&encoded(&exact, &image(&exact))).0;
+    assert!(texts.iter().all(|(_, text, _)| !text.contains("nterval") && !text.contains("guidance_st")));
+    let record: PictureRecord = serde_json::from_str(&text_of(&texts, "darkroom").1).unwrap();
+    assert!(record.recipe.is_exact());
+
+    let wish = JobSpec {
+        guidance_stop: Some(0.7),
+        cache_interval: Some(3),
+        ..wish("a red circle", "", NoiseScheduler::Pndm)
+    };
+    let cached = wish.validate(&SpecDefaults::of_model(512, 512, NoiseScheduler::Pndm)).unwrap();
+    let texts = decoded(&encoded(&cached, &image(&cached))).0;
+    let parameters = parse(&text_of(&texts, "parameters").1).parameters;
+    assert_eq!(
+        (parameters["Guidance interval"].as_str(), parameters["Cache interval"].as_str()),
+        ("0-0.7", "3")
+    );
+    let record = &text_of(&texts, "darkroom").1;
+    assert!(
+        record.contains(
+            r#""guidance_scale":7.5,"guidance_start":0.0,"guidance_stop":0.7,"cache_interval":3,"width""#
+        ),
+        "{record}"
+    );
+    let record: PictureRecord = serde_json::from_str(record).unwrap();
+    assert_eq!(record.recipe, cached.recipe());
 }
 
 proptest! {

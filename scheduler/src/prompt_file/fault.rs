@@ -157,6 +157,6 @@ mod tests {
         {"line":3,"field":null,"rule":"2 cells","value":"1","message":"a line has to have 2 cells like the first line, but this one has 1"}
         "#);
         let file = PromptFormat::Csv.read(b"prompt,promt\n");
-        insta::assert_snapshot!(serde_json::to_string(&file.faults[0]).unwrap(), @r#"{"line":1,"field":"promt","rule":"one of prompt, negative_prompt, seed, num_inference_steps, guidance_scale, width, height, scheduler, client_ref","value":"promt","message":"no job has a field \"promt\"; did you mean `prompt`?"}"#);
+        insta::assert_snapshot!(serde_json::to_string(&file.faults[0]).unwrap(), @r#"{"line":1,"field":"promt","rule":"one of prompt, negative_prompt, seed, num_inference_steps, guidance_scale, width, height, scheduler, guidance_start, guidance_stop, cache_interval, client_ref","value":"promt","message":"no job has a field \"promt\"; did you mean `prompt`?"}"#);
     }
 }

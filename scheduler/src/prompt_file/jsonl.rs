@@ -72,13 +72,22 @@ mod tests {
     #[test]
     fn objects_become_specs() {
         let file =
-            read(b"{\"prompt\":\"a\",\"seed\":4294967295,\"cfg\":7,\"steps\":null}\r\n\n{\"text\":\"b\"}\n");
+            read(b"{\"prompt\":\"a\",\"seed\":4294967295,\"cfg\":7,\"steps\":null}\r\n\n{\"text\":\"b\",\"guidance_start\":0,\"guidance_stop\":0.7,\"cache_interval\":3}\n");
         assert_eq!(file.faults, []);
         assert_eq!(file.lines[0].spec.seed, Some(4_294_967_295));
         assert_eq!(file.lines[0].spec.guidance_scale, Some(7.0));
         assert_eq!(
             file.lines[1],
-            PromptLine { line: 3, spec: JobSpec { prompt: "b".into(), ..JobSpec::default() } }
+            PromptLine {
+                line: 3,
+                spec: JobSpec {
+                    prompt: "b".into(),
+                    guidance_start: Some(0.0),
+                    guidance_stop: Some(0.7),
+                    cache_interval: Some(3),
+                    ..JobSpec::default()
+                }
+            }
         );
     }
 
@@ -100,7 +109,7 @@ mod tests {
         3: a line has to be one JSON object, but reading it fails: expected `,` or `}` at column 15
         4: the field `prompt` comes twice, the second time as "text"
         5: no job has a field "Seeed"; did you mean `seed`?
-        5: no job has a field "model"; the fields are prompt, negative_prompt, seed, num_inference_steps, guidance_scale, width, height, scheduler, client_ref
+        5: no job has a field "model"; the fields are prompt, negative_prompt, seed, num_inference_steps, guidance_scale, width, height, scheduler, guidance_start, guidance_stop, cache_interval, client_ref
         6: a line has to be one JSON object, but reading it fails: number out of range at column 40
         "#);
     }

@@ -116,11 +116,11 @@ mod tests {
     #[test]
     fn cells_become_fields_and_blank_cells_are_left_out() {
         let file = read(
-            b"Prompt,seed,steps,cfg_scale,W,height,scheduler,neg,custom_id\r\n\
-              \"a \"\"red\"\" cat, sitting\",7,20,7.5,512,768,euler_a,dog,row-1\r\n\
+            b"Prompt,seed,steps,cfg_scale,W,height,scheduler,Guidance stop,cache-interval,neg,custom_id\r\n\
+              \"a \"\"red\"\" cat, sitting\",7,20,7.5,512,768,euler_a,0.7,3,dog,row-1\r\n\
               \r\n\
-              \"two\nlines\",,,,,,,,\r\n\
-              last,,,,,,,,\r\n",
+              \"two\nlines\",,,,,,,,,,\r\n\
+              last,,,,,,,,,,\r\n",
         );
         assert_eq!(file.faults, []);
         assert_eq!(file.lines.iter().map(|line| line.line).collect::<Vec<_>>(), [2, 4, 6]);
@@ -135,7 +135,10 @@ mod tests {
                 width: Some(512),
                 height: Some(768),
                 noise_scheduler: Some(NoiseScheduler::EulerA),
+                guidance_stop: Some(0.7),
+                cache_interval: Some(3),
                 client_ref: Some("row-1".into()),
+                ..JobSpec::default()
             }
         );
         assert_eq!(file.lines[1].spec, JobSpec { prompt: "two\nlines".into(), ..JobSpec::default() });
@@ -158,12 +161,12 @@ mod tests {
         insta::assert_snapshot!(faults("promt,seed,category,Steps,ddim_steps\na,1,x,2,3\n"), @r#"
         1: a column `prompt` has to be in the first line, but it has "promt", "seed", "category", "Steps", "ddim_steps"; for one prompt a line without a header use --format text
         1: no job has a field "promt"; did you mean `prompt`?
-        1: no job has a field "category"; the fields are prompt, negative_prompt, seed, num_inference_steps, guidance_scale, width, height, scheduler, client_ref
+        1: no job has a field "category"; the fields are prompt, negative_prompt, seed, num_inference_steps, guidance_scale, width, height, scheduler, guidance_start, guidance_stop, cache_interval, client_ref
         1: the field `num_inference_steps` comes twice, the second time as "ddim_steps"
         "#);
         insta::assert_snapshot!(faults("a red cat\na blue dog, sitting\n"), @r#"
         1: a column `prompt` has to be in the first line, but it has "a red cat"; for one prompt a line without a header use --format text
-        1: no job has a field "a red cat"; the fields are prompt, negative_prompt, seed, num_inference_steps, guidance_scale, width, height, scheduler, client_ref
+        1: no job has a field "a red cat"; the fields are prompt, negative_prompt, seed, num_inference_steps, guidance_scale, width, height, scheduler, guidance_start, guidance_stop, cache_interval, client_ref
         "#);
     }
 

@@ -12,6 +12,7 @@ use super::connection::PgCatalog;
 use super::error::CatalogError;
 use crate::id::{ImageId, JobId, WorkerId};
 use crate::object_key::ObjectKey;
+use crate::recipe::Recipe;
 use crate::sha256::Sha256Digest;
 use crate::state::{Lease, LeaseLost};
 
@@ -78,6 +79,8 @@ pub struct CompletedJob {
     pub dtype: String,
     /// The dtype that the noise was drawn in.
     pub noise_dtype: String,
+    /// What was left out of its denoising. Another recipe than the job's is refused.
+    pub recipe: Recipe,
     /// Where the time went.
     pub timings: StageTimings,
 }
@@ -101,6 +104,8 @@ struct InputRow<'a> {
     device: &'a str,
     dtype: &'a str,
     noise_dtype: &'a str,
+    #[serde(flatten)]
+    recipe: Recipe,
     #[serde(flatten)]
     timings: StageTimings,
 }
@@ -126,6 +131,7 @@ impl<'a> From<&'a CompletedJob> for InputRow<'a> {
             device: &job.device,
             dtype: &job.dtype,
             noise_dtype: &job.noise_dtype,
+            recipe: job.recipe,
             timings: job.timings,
         }
     }
@@ -138,6 +144,7 @@ const COMPLETE: &str = "
             bucket text, object_key text, sha256 text, size_bytes bigint,
             has_nsfw_concept boolean, concept_scores real[], special_care_scores real[],
             prompt_truncated boolean, weights_sha256 text, device text, dtype text, noise_dtype text,
+            guidance_start double precision, guidance_stop double precision, cache_interval integer,
             text_encoder_ms real, denoise_ms real, vae_ms real, safety_ms real, encode_ms real, upload_ms real)
     ), held AS (
         SELECT jobs.job_id, jobs.batch_id, jobs.width, jobs.height, jobs.seed
@@ -149,12 +156,12 @@ const COMPLETE: &str = "
             image_id, job_id, batch_id, acceptance_id, lease_generation, worker_id,
             bucket, object_key, sha256, size_bytes, width, height, seed,
             has_nsfw_concept, concept_scores, special_care_scores, prompt_truncated,
-            weights_sha256, device, dtype, noise_dtype,
+            weights_sha256, device, dtype, noise_dtype, guidance_start, guidance_stop, cache_interval,
             text_encoder_ms, denoise_ms, vae_ms, safety_ms, encode_ms, upload_ms)
         SELECT image_id, job_id, batch_id, acceptance_id, lease_generation, worker_id,
                bucket, object_key, sha256, size_bytes, width, height, seed,
                has_nsfw_concept, concept_scores, special_care_scores, prompt_truncated,
-               weights_sha256, device, dtype, noise_dtype,
+               weights_sha256, device, dtype, noise_dtype, guidance_start, guidance_stop, cache_interval,
                text_encoder_ms, denoise_ms, vae_ms, safety_ms, encode_ms, upload_ms
         FROM held JOIN given USING (job_id) JOIN batches USING (batch_id)
         RETURNING job_id, lease_generation, image_id

@@ -76,6 +76,10 @@ impl BinaryRows {
         self.field(&value.to_be_bytes());
     }
 
+    pub(super) fn double(&mut self, value: f64) {
+        self.field(&value.to_be_bytes());
+    }
+
     /// A text, or a word of an SQL enum.
     pub(super) fn text(&mut self, value: &str) {
         self.field(value.as_bytes());

@@ -13,6 +13,7 @@ use super::error::CatalogError;
 use crate::id::{BatchId, JobId, ModelId};
 use crate::message::JobMessage;
 use crate::microbatch_key::MicrobatchKey;
+use crate::recipe::Recipe;
 use crate::state::{NoiseScheduler, PriorityBand};
 
 /// A job to publish.
@@ -50,6 +51,8 @@ struct PublishableRow {
     num_inference_steps: u32,
     noise_scheduler: NoiseScheduler,
     guidance_scale: f32,
+    #[sqlx(flatten)]
+    recipe: Recipe,
     traceparent: Option<String>,
     microbatch_limit: Option<i32>,
 }
@@ -65,6 +68,7 @@ impl From<PublishableRow> for PublishableJob {
                 num_inference_steps: row.num_inference_steps,
                 noise_scheduler: row.noise_scheduler,
                 classifier_free_guidance: row.guidance_scale > 1.0,
+                recipe: row.recipe,
             },
             traceparent: row.traceparent,
             microbatch_limit: row.microbatch_limit.map(|limit| u32::try_from(limit).unwrap_or(1)),
@@ -150,7 +154,7 @@ impl PgCatalog {
             LEFT JOIN on_the_way USING (batch_id)
             CROSS JOIN LATERAL (
                 SELECT job_id, jobs.batch_id, width, height, num_inference_steps, noise_scheduler, guidance_scale,
-                       traceparent, microbatch_limit,
+                       guidance_start, guidance_stop, cache_interval, traceparent, microbatch_limit,
                        coalesce(on_the_way.job_count, 0) + row_number() OVER (ORDER BY ordinal) AS turn
                 FROM jobs
                 WHERE state = 'available' AND published_at IS NULL AND model_id = $1 AND band = $2

@@ -10,6 +10,7 @@ use crate::id::JobId;
 use crate::job_spec::valid::{UncheckedSpec, ValidJobSpec};
 use crate::model_name::ModelName;
 use crate::object_key::ObjectKey;
+use crate::recipe::Recipe;
 use crate::sha256::Sha256Digest;
 use crate::state::NoiseScheduler;
 
@@ -53,6 +54,8 @@ pub(super) struct SpecColumns {
     width: i32,
     height: i32,
     noise_scheduler: NoiseScheduler,
+    #[sqlx(flatten)]
+    recipe: Recipe,
     client_ref: Option<String>,
 }
 
@@ -70,6 +73,7 @@ impl SpecColumns {
             width: number(self.width),
             height: number(self.height),
             noise_scheduler: self.noise_scheduler,
+            recipe: self.recipe,
             client_ref: self.client_ref,
         };
         ValidJobSpec::try_from(unchecked).map_err(|faults| CatalogError::Unreadable {

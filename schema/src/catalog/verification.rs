@@ -180,6 +180,16 @@ const BROKEN_PROMISES: &str = "
         SELECT 'P5', image.batch_id, job_id, 'its image names another licence acceptance than its batch'
         FROM image JOIN job USING (job_id) JOIN batches ON batches.batch_id = job.batch_id
         WHERE image.acceptance_id IS DISTINCT FROM batches.acceptance_id
+
+        -- P8: a picture is its spec's; here, that nothing was left out of it that its job does not say, and the reverse.
+        UNION ALL
+        SELECT 'P8', job.batch_id, job_id,
+               format('it asks for guidance %s to %s and cache interval %s, but its picture has guidance %s to %s and cache interval %s',
+                      job.guidance_start, job.guidance_stop, job.cache_interval,
+                      image.guidance_start, image.guidance_stop, image.cache_interval)
+        FROM image JOIN job USING (job_id)
+        WHERE (image.guidance_start, image.guidance_stop, image.cache_interval)
+            IS DISTINCT FROM (job.guidance_start, job.guidance_stop, job.cache_interval)
     )
     SELECT promise, batch_id, job_id, what FROM broken ORDER BY promise, batch_id, job_id, what";
 

@@ -20,7 +20,7 @@ pub struct SpecFault {
 }
 
 impl SpecFault {
-    pub(super) fn new(field: SpecField, value: impl fmt::Display) -> Self {
+    pub(crate) fn new(field: SpecField, value: impl fmt::Display) -> Self {
         Self { field: field.as_str(), rule: field.rule(), value: value.to_string() }
     }
 

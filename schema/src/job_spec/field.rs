@@ -4,8 +4,8 @@ use std::fmt;
 use std::str::FromStr;
 
 use super::limits::{
-    MAX_CLIENT_REF_CHARS, MAX_GUIDANCE_SCALE, MAX_INFERENCE_STEPS, MAX_PROMPT_CHARS, MAX_SEED, MAX_SIDE,
-    MIN_SIDE, SIDE_STEP,
+    MAX_CACHE_INTERVAL, MAX_CLIENT_REF_CHARS, MAX_GUIDANCE_SCALE, MAX_INFERENCE_STEPS, MAX_PROMPT_CHARS,
+    MAX_SEED, MAX_SIDE, MIN_SIDE, SIDE_STEP,
 };
 use crate::words::UnknownWord;
 
@@ -28,6 +28,12 @@ pub enum SpecField {
     Height,
     /// The noise scheduler; written `scheduler`.
     NoiseScheduler,
+    /// First step with guidance, as a fraction of all steps.
+    GuidanceStart,
+    /// End of the steps with guidance, as a fraction of all steps.
+    GuidanceStop,
+    /// Every so many steps the whole UNet is run.
+    CacheInterval,
     /// The submitter's own name for the job.
     ClientRef,
 }
@@ -43,6 +49,9 @@ impl SpecField {
         Self::Width,
         Self::Height,
         Self::NoiseScheduler,
+        Self::GuidanceStart,
+        Self::GuidanceStop,
+        Self::CacheInterval,
         Self::ClientRef,
     ];
 
@@ -57,6 +66,9 @@ impl SpecField {
             Self::Width => "width",
             Self::Height => "height",
             Self::NoiseScheduler => "scheduler",
+            Self::GuidanceStart => "guidance_start",
+            Self::GuidanceStop => "guidance_stop",
+            Self::CacheInterval => "cache_interval",
             Self::ClientRef => "client_ref",
         }
     }
@@ -74,6 +86,8 @@ impl SpecField {
                 let words: Vec<_> = crate::NoiseScheduler::ALL.iter().map(|word| word.as_str()).collect();
                 format!("one of {}", words.join(", "))
             }
+            Self::GuidanceStart | Self::GuidanceStop => "a fraction of the steps, from 0 to 1".to_owned(),
+            Self::CacheInterval => format!("a whole number of steps, from 1 to {MAX_CACHE_INTERVAL}"),
             Self::ClientRef => format!("text of at most {MAX_CLIENT_REF_CHARS} characters"),
         }
     }

@@ -10,6 +10,8 @@ pub const MAX_SIDE: u32 = 2048;
 pub const MAX_PIXELS: u32 = 2048 * 1024;
 /// The most denoising steps: with 1,000, the first training step visited would be number 1,000 of 0 to 999.
 pub const MAX_INFERENCE_STEPS: u32 = 999;
+/// The longest cache interval: with as many steps as there can be, only the first one runs the whole UNet.
+pub const MAX_CACHE_INTERVAL: u32 = MAX_INFERENCE_STEPS;
 /// The largest guidance scale: pictures saturate long before it.
 pub const MAX_GUIDANCE_SCALE: f32 = 50.0;
 /// The largest seed: torch's CPU generator keeps 32 bits, so a larger seed would silently draw a smaller one's picture.

@@ -52,6 +52,9 @@ fn all_faults_are_told_at_once() {
         width: Some(500),
         height: Some(2056),
         noise_scheduler: None,
+        guidance_start: Some(-0.1),
+        guidance_stop: Some(f64::NAN),
+        cache_interval: Some(0),
         client_ref: Some("x".repeat(201)),
     };
     insta::assert_snapshot!(faults(&spec), @r#"
@@ -63,6 +66,9 @@ fn all_faults_are_told_at_once() {
     `guidance_scale` has to be a number from 0 to 50, but is NaN
     `width` has to be a multiple of 8, from 64 to 2048, but is 500
     `height` has to be a multiple of 8, from 64 to 2048, but is 2056
+    `guidance_start` has to be a fraction of the steps, from 0 to 1, but is -0.1
+    `guidance_stop` has to be a fraction of the steps, from 0 to 1, but is NaN
+    `cache_interval` has to be a whole number of steps, from 1 to 999, but is 0
     "#);
 }
 
@@ -76,6 +82,9 @@ fn the_edges_are_where_the_messages_say() {
         JobSpec { guidance_scale: Some(0.0), ..spec() },
         JobSpec { guidance_scale: Some(50.0), ..spec() },
         JobSpec { width: Some(64), height: Some(2048), ..spec() },
+        JobSpec { guidance_start: Some(1.0), guidance_stop: Some(1.0), ..spec() },
+        JobSpec { guidance_stop: Some(0.0), ..spec() },
+        JobSpec { cache_interval: Some(999), ..spec() },
         JobSpec { width: Some(2048), height: Some(1024), ..spec() },
         JobSpec { prompt: "é".repeat(10_000), ..spec() },
     ];
@@ -90,6 +99,9 @@ fn the_edges_are_where_the_messages_say() {
         JobSpec { width: Some(56), ..spec() },
         JobSpec { height: Some(60), ..spec() },
         JobSpec { width: Some(2048), height: Some(1032), ..spec() },
+        JobSpec { guidance_stop: Some(1.1), ..spec() },
+        JobSpec { guidance_start: Some(0.7), guidance_stop: Some(0.2), ..spec() },
+        JobSpec { cache_interval: Some(1000), ..spec() },
         JobSpec { prompt: "é".repeat(10_001), ..spec() },
     ];
     let told: Vec<String> = bad.iter().map(faults).collect();
@@ -101,6 +113,9 @@ fn the_edges_are_where_the_messages_say() {
     `width` has to be a multiple of 8, from 64 to 2048, but is 56
     `height` has to be a multiple of 8, from 64 to 2048, but is 60
     `width × height` has to be at most 2097152 pixels, but is 2048 × 1032 = 2113536
+    `guidance_stop` has to be a fraction of the steps, from 0 to 1, but is 1.1
+    `guidance_stop` has to be at least `guidance_start` (0.7), but is 0.2
+    `cache_interval` has to be a whole number of steps, from 1 to 999, but is 1000
     `prompt` has to be text of 1 to 10000 characters, not all of them blank, but is 10001 characters long
     "#);
 }
@@ -114,6 +129,8 @@ fn cells_are_read_as_their_field() {
         (SpecField::NumInferenceSteps, "20"),
         (SpecField::GuidanceScale, "7.5"),
         (SpecField::NoiseScheduler, "euler_a"),
+        (SpecField::GuidanceStop, " 0.7 "),
+        (SpecField::CacheInterval, "3"),
         (SpecField::Width, ""),
         (SpecField::ClientRef, "row 1"),
     ] {
@@ -125,6 +142,8 @@ fn cells_are_read_as_their_field() {
         num_inference_steps: Some(20),
         guidance_scale: Some(7.5),
         noise_scheduler: Some(NoiseScheduler::EulerA),
+        guidance_stop: Some(0.7),
+        cache_interval: Some(3),
         client_ref: Some("row 1".into()),
         ..JobSpec::default()
     };
@@ -141,6 +160,8 @@ fn cells_that_cannot_be_read_are_told_with_the_whole_rule() {
         (SpecField::NumInferenceSteps, "20.5"),
         (SpecField::GuidanceScale, "high"),
         (SpecField::NoiseScheduler, "k_euler"),
+        (SpecField::GuidanceStart, "half"),
+        (SpecField::CacheInterval, "2.5"),
     ]
     .into_iter()
     .map(|(field, text)| JobSpec::default().set(field, text).unwrap_err().to_string())
@@ -153,6 +174,8 @@ fn cells_that_cannot_be_read_are_told_with_the_whole_rule() {
     `num_inference_steps` has to be a whole number from 1 to 999, but is "20.5"
     `guidance_scale` has to be a number from 0 to 50, but is "high"
     `scheduler` has to be one of pndm, ddim, euler, euler_a, dpmpp_2m, dpmpp_2m_karras, unipc, lms, but is "k_euler"
+    `guidance_start` has to be a fraction of the steps, from 0 to 1, but is "half"
+    `cache_interval` has to be a whole number of steps, from 1 to 999, but is "2.5"
     "#);
 }
 
@@ -190,7 +213,7 @@ fn fields_are_known_by_their_names() {
     }
     insta::assert_snapshot!(
         "promt".parse::<SpecField>().unwrap_err(),
-        @"`promt` is not a field of a job; it has to be one of prompt, negative_prompt, seed, num_inference_steps, guidance_scale, width, height, scheduler, client_ref"
+        @"`promt` is not a field of a job; it has to be one of prompt, negative_prompt, seed, num_inference_steps, guidance_scale, width, height, scheduler, guidance_start, guidance_stop, cache_interval, client_ref"
     );
 }
 
@@ -220,6 +243,43 @@ fn a_valid_spec_is_read_back_by_the_same_rules() {
 }
 
 #[test]
+fn nobody_gets_a_recipe_who_did_not_ask_for_one() {
+    assert_eq!(spec().validate(&defaults()).unwrap().recipe(), Recipe::EXACT);
+    let mended = Recipe { guidance_stop: 0.8, cache_interval: 3, ..Recipe::EXACT };
+    let of_batch = SpecDefaults { recipe: mended, ..defaults() };
+    assert_eq!(spec().validate(&of_batch).unwrap().recipe(), mended);
+    // A line wins over its batch, field by field, also to have the exact picture again.
+    let line = JobSpec { cache_interval: Some(1), ..spec() };
+    assert_eq!(line.validate(&of_batch).unwrap().recipe(), Recipe { cache_interval: 1, ..mended });
+    let exact = JobSpec { guidance_stop: Some(1.0), guidance_start: Some(-0.0), ..line };
+    assert!(exact.validate(&of_batch).unwrap().recipe().is_exact(), "negative zero is zero");
+}
+
+/// A batch's digest is taken over these bytes: with others, a submission repeated after an upgrade would be a conflict.
+#[test]
+fn an_exact_spec_is_written_as_before_there_were_recipes() {
+    let json = |spec: JobSpec| serde_json::to_string(&spec.validate(&defaults()).unwrap()).unwrap();
+    insta::assert_snapshot!(json(spec()), @r#"{"prompt":"a red circle","negative_prompt":"","seed":7,"num_inference_steps":50,"guidance_scale":7.5,"width":512,"height":512,"noise_scheduler":"pndm","client_ref":null}"#);
+    let cached = JobSpec { guidance_stop: Some(0.7), cache_interval: Some(3), ..spec() };
+    assert_eq!(
+        serde_json::from_str::<ValidJobSpec>(&json(cached.clone())).unwrap(),
+        cached.validate(&defaults()).unwrap()
+    );
+    insta::assert_snapshot!(json(cached), @r#"{"prompt":"a red circle","negative_prompt":"","seed":7,"num_inference_steps":50,"guidance_scale":7.5,"width":512,"height":512,"noise_scheduler":"pndm","guidance_start":0.0,"guidance_stop":0.7,"cache_interval":3,"client_ref":null}"#);
+}
+
+#[test]
+fn a_recipe_is_part_of_what_a_microbatch_shares() {
+    let key = |spec: JobSpec| spec.validate(&defaults()).unwrap().microbatch_key();
+    assert_eq!(key(spec()).to_string(), "512x512/50/pndm/cfg");
+    let cached = key(JobSpec { cache_interval: Some(3), ..spec() });
+    let guided = key(JobSpec { guidance_start: Some(0.1), guidance_stop: Some(0.7), ..spec() });
+    assert_eq!(cached.to_string(), "512x512/50/pndm/cfg/0-1/3");
+    assert_eq!(guided.to_string(), "512x512/50/pndm/cfg/0.1-0.7/1");
+    assert!(cached != guided && cached != key(spec()) && guided != key(spec()));
+}
+
+#[test]
 fn guidance_of_one_or_less_is_none() {
     let key = |guidance_scale| {
         let spec = JobSpec { guidance_scale: Some(guidance_scale), ..spec() };
@@ -239,6 +299,8 @@ proptest! {
         guidance in prop_oneof![-1.0_f32..60.0, any::<f32>()],
         width in prop_oneof![(0_u32..300).prop_map(|eights| eights * 8), 0_u32..2100, any::<u32>()],
         height in prop_oneof![(0_u32..300).prop_map(|eights| eights * 8), 0_u32..2100, any::<u32>()],
+        (guidance_start, guidance_stop) in (-0.1..1.1, prop_oneof![-0.1..1.1, any::<f64>()]),
+        cache_interval in prop_oneof![0_u32..3, 997_u32..1002, any::<u32>()],
     ) {
         let spec = JobSpec {
             prompt: prompt.clone(),
@@ -247,6 +309,9 @@ proptest! {
             guidance_scale: Some(guidance),
             width: Some(width),
             height: Some(height),
+            guidance_start: Some(guidance_start),
+            guidance_stop: Some(guidance_stop),
+            cache_interval: Some(cache_interval),
             ..JobSpec::default()
         };
         let side_is_good = |side: u32| side.is_multiple_of(8) && (64..=2048).contains(&side);
@@ -257,13 +322,18 @@ proptest! {
             && (0.0..=50.0).contains(&guidance)
             && side_is_good(width)
             && side_is_good(height)
-            && u64::from(width) * u64::from(height) <= 2_097_152;
+            && u64::from(width) * u64::from(height) <= 2_097_152
+            && 0.0 <= guidance_start
+            && guidance_start <= guidance_stop
+            && guidance_stop <= 1.0
+            && (1..1000).contains(&cache_interval);
         match spec.validate(&defaults()) {
             Ok(valid) => {
                 prop_assert!(is_good, "{:?}", spec);
                 prop_assert_eq!(u64::from(valid.seed()), seed);
                 prop_assert_eq!((valid.width(), valid.height()), (width, height));
                 prop_assert_eq!((valid.num_inference_steps(), valid.guidance_scale()), (steps, guidance));
+                prop_assert_eq!(valid.recipe(), Recipe { guidance_start, guidance_stop, cache_interval });
             }
             Err(faults) => {
                 prop_assert!(!is_good, "{:?}", faults);

@@ -9,6 +9,7 @@ use super::limits::{
     MAX_SIDE, MIN_SIDE, SIDE_STEP,
 };
 use crate::microbatch_key::MicrobatchKey;
+use crate::recipe::Recipe;
 use crate::state::NoiseScheduler;
 
 /// A complete spec that nobody has checked: what JSON and the catalog's rows are read into.
@@ -22,6 +23,8 @@ pub(crate) struct UncheckedSpec {
     pub width: u32,
     pub height: u32,
     pub noise_scheduler: NoiseScheduler,
+    #[serde(flatten)]
+    pub recipe: Recipe,
     pub client_ref: Option<String>,
 }
 
@@ -37,6 +40,9 @@ pub struct ValidJobSpec {
     width: u32,
     height: u32,
     noise_scheduler: NoiseScheduler,
+    // An exact spec is written as it was before there were recipes: a batch's digest is taken over these bytes.
+    #[serde(flatten, skip_serializing_if = "Recipe::is_exact")]
+    recipe: Recipe,
     client_ref: Option<String>,
     #[serde(skip)]
     seed_was_drawn: bool,
@@ -50,6 +56,7 @@ impl PartialEq for ValidJobSpec {
         };
         key(self) == key(other)
             && self.guidance_scale == other.guidance_scale
+            && self.recipe == other.recipe
             && self.prompt == other.prompt
             && self.negative_prompt == other.negative_prompt
             && self.client_ref == other.client_ref
@@ -74,11 +81,12 @@ impl TryFrom<UncheckedSpec> for ValidJobSpec {
             faults.push(SpecFault::new(SpecField::GuidanceScale, spec.guidance_scale));
         }
         check_size(&spec, &mut faults);
+        faults.extend(spec.recipe.faults());
         if !faults.is_empty() {
             return Err(SpecFaults(faults));
         }
         let UncheckedSpec { prompt, negative_prompt, num_inference_steps, guidance_scale, .. } = spec;
-        let UncheckedSpec { width, height, noise_scheduler, client_ref, .. } = spec;
+        let UncheckedSpec { width, height, noise_scheduler, recipe, client_ref, .. } = spec;
         Ok(Self {
             prompt,
             negative_prompt,
@@ -89,6 +97,7 @@ impl TryFrom<UncheckedSpec> for ValidJobSpec {
             width,
             height,
             noise_scheduler,
+            recipe: recipe.normalized(),
             client_ref,
             seed_was_drawn: false,
         })
@@ -176,6 +185,11 @@ impl ValidJobSpec {
         self.noise_scheduler
     }
 
+    /// What is left out of the denoising; mostly nothing.
+    pub fn recipe(&self) -> Recipe {
+        self.recipe
+    }
+
     /// The submitter's own name for the job.
     pub fn client_ref(&self) -> Option<&str> {
         self.client_ref.as_deref()
@@ -210,6 +224,7 @@ impl ValidJobSpec {
             num_inference_steps: self.num_inference_steps,
             noise_scheduler: self.noise_scheduler,
             classifier_free_guidance: self.classifier_free_guidance(),
+            recipe: self.recipe,
         }
     }
 }

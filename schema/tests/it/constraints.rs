@@ -100,6 +100,10 @@ async fn what_a_job_asks_for_is_fixed() {
         let sql = format!("UPDATE jobs SET {change} WHERE job_id = '{job_id}'");
         assert_eq!(fixture.refusal(&sql).await, "jobs_keep_their_spec", "{change}");
     }
+    for change in ["guidance_start = 0.1", "guidance_stop = 0.9", "cache_interval = 2"] {
+        let sql = format!("UPDATE jobs SET {change} WHERE job_id = '{job_id}'");
+        assert_eq!(fixture.refusal(&sql).await, "jobs_keep_their_recipe", "{change}");
+    }
 }
 
 /// A job can only come with its batch: inserting a copy with one thing changed.
@@ -163,6 +167,14 @@ async fn jobs_keep_the_limits_of_the_spec() {
         ("jobs_width", "width", "56"),
         ("jobs_width", "width", "500"),
         ("jobs_height", "height", "2056"),
+        ("jobs_guidance_start", "guidance_start", "-0.1"),
+        // NaN is greater than all numbers, and the rules are looked at in the order of their names.
+        ("jobs_guidance_interval", "guidance_start", "'NaN'"),
+        ("jobs_guidance_stop", "guidance_stop", "1.1"),
+        ("jobs_guidance_stop", "guidance_stop", "'NaN'"),
+        ("jobs_guidance_interval", "guidance_start, guidance_stop", "0.7, 0.2"),
+        ("jobs_cache_interval", "cache_interval", "0"),
+        ("jobs_cache_interval", "cache_interval", "1000"),
         ("jobs_client_ref", "client_ref", "repeat('x', 201)"),
         ("jobs_ordinal", "ordinal", "-1"),
         ("jobs_source_line", "source_line", "0"),

@@ -16,6 +16,7 @@ mod migrations;
 mod notices;
 mod objects;
 mod promises;
+mod recipes;
 mod relay;
 mod submission;
 mod transitions;

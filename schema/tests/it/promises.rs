@@ -242,6 +242,13 @@ async fn each_kind_of_broken_promise_is_reported() {
             Some(0),
             "another licence acceptance than its batch",
         ),
+        (
+            "UPDATE images SET cache_interval = 3 WHERE job_id = $0".into(),
+            "P8",
+            Some(0),
+            "cache interval 1, but its picture has guidance 0 to 1 and cache interval 3",
+        ),
+        ("UPDATE jobs SET guidance_stop = 0.5 WHERE job_id = $1".into(), "P8", Some(1), "it asks for guidance 0 to 0.5"),
     ];
     for (sql, promise, job, words) in cases {
         let planted = Planted::new().await;

@@ -18,6 +18,9 @@ async fn every_field_arrives() {
         width: Some(2048),
         height: Some(64),
         noise_scheduler: Some(NoiseScheduler::Dpmpp2mKarras),
+        guidance_start: Some(0.1),
+        guidance_stop: Some(0.7),
+        cache_interval: Some(999),
         client_ref: Some("row 1".into()),
     };
     let full = NewJob { spec: spec.validate(&defaults()).unwrap(), source_line: Some(2) };

@@ -215,6 +215,7 @@ pub fn completed(claimed: &ClaimedJob, worker_id: WorkerId) -> CompletedJob {
         device: "cpu".into(),
         dtype: "f32".into(),
         noise_dtype: "f32".into(),
+        recipe: claimed.spec.recipe(),
         timings: StageTimings { denoise_ms: 12.5, ..StageTimings::default() },
     }
 }

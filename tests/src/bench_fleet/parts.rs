@@ -15,8 +15,8 @@ use lapin::types::{AMQPValue, FieldTable};
 use lapin::{BasicProperties, Connection, ConnectionProperties};
 use schema::{
     BatchId, CompletedJob, JobId, JobMessage, Lease, MicrobatchId, MicrobatchKey, Model, ModelName,
-    NewWorker, NoiseScheduler, ObjectKey, PgCatalog, PriorityBand, QueueArgument, Sha256Digest, StageTimings,
-    StoredObject, WorkerId, job_queue,
+    NewWorker, NoiseScheduler, ObjectKey, PgCatalog, PriorityBand, QueueArgument, Recipe, Sha256Digest,
+    StageTimings, StoredObject, WorkerId, job_queue,
 };
 
 use crate::cpu;
@@ -80,6 +80,7 @@ pub async fn broker(fleet: &Fleet, job_ids: &[JobId], size: Size) -> (f64, f64) 
         num_inference_steps: 2,
         noise_scheduler: NoiseScheduler::Pndm,
         classifier_free_guidance: true,
+        recipe: Recipe::EXACT,
     };
     let message = |job_id| JobMessage { job_id, microbatch_key, microbatch_limit: None }.encode();
     let bodies: Vec<Vec<u8>> = job_ids.iter().map(|job_id| message(*job_id)).collect();
@@ -255,6 +256,7 @@ fn completed(
         device: "cpu".to_owned(),
         dtype: "f32".to_owned(),
         noise_dtype: "f32".to_owned(),
+        recipe: Recipe::EXACT,
         timings: StageTimings { encode_ms: 0.1, upload_ms: 1.0, ..StageTimings::default() },
     }
 }

@@ -339,4 +339,15 @@ pub const GUARDS: &[Guard] = &[
         target: Target::WorkerPipeline,
         tests: &["a_microbatch_equals_single_calls_bit_for_bit"],
     },
+    Guard {
+        promise: "P8",
+        what: "a picture by another recipe than its job's is not recorded",
+        cuts: &[Cut {
+            file: "migrations/0012_recipes.sql",
+            text: "IF FOUND THEN",
+            replacement: "IF false THEN",
+        }],
+        target: Target::Schema,
+        tests: &["recipes::a_picture_by_another_recipe_than_its_jobs_is_refused"],
+    },
 ];

@@ -2,11 +2,11 @@
 
 use std::time::Duration;
 
-use schema::{JobState, PriorityBand};
+use schema::{JobMessage, JobSpec, JobState, PriorityBand, Recipe};
 use worker::run::StopReason;
 
 use crate::pipelines::{ScriptedPipeline, draw, picture};
-use crate::worker_under_test::{Event, Setup, WorkerUnderTest};
+use crate::worker_under_test::{self, Event, Setup, WorkerUnderTest};
 
 #[tokio::test]
 async fn each_job_is_stored_then_completed_then_acked() {
@@ -70,6 +70,31 @@ async fn a_doubled_message_makes_no_second_picture() {
     assert_eq!(worker.log.count(|event| matches!(event, Event::Stored(_))), 1);
     assert_eq!(worker.row(job_id).lease_generation, 1, "a late message changes nothing");
     assert_eq!(worker.metrics.not_claimed.get(), 3);
+}
+
+/// A relay of a build that knows no recipes says that all are exact; the rows say otherwise, and they decide.
+#[tokio::test]
+async fn jobs_of_different_recipes_are_drawn_in_calls_of_their_own_whatever_their_messages_say() {
+    let mut worker = WorkerUnderTest::new(Setup::full_microbatches(3));
+    let mut jobs = Vec::new();
+    for (ordinal, cache_interval) in [(0, None), (1, Some(3)), (2, Some(2))] {
+        let spec = JobSpec { seed: Some(ordinal.into()), cache_interval, ..worker_under_test::spec() };
+        jobs.push(worker.insert(ordinal, spec));
+    }
+    let microbatch_key = worker.row(jobs[0]).spec.microbatch_key();
+    for &job_id in &jobs {
+        let message = JobMessage { job_id, microbatch_key, microbatch_limit: None };
+        worker.queue.publish(PriorityBand::Normal, message.encode());
+    }
+    worker.start_scripted(|log| ScriptedPipeline::new(log, |specs, _| Ok(draw(specs)))).await;
+    worker.wait_for_acks(3).await;
+    worker.drain().await.expect("a good end");
+    for ordinal in 0..3 {
+        worker.log.position(&Event::Called(vec![ordinal]));
+    }
+    let recipes = jobs.iter().map(|job_id| worker.row(*job_id).image.expect("an image").recipe);
+    let cached = |cache_interval| Recipe { cache_interval, ..Recipe::EXACT };
+    assert_eq!(recipes.collect::<Vec<_>>(), [1, 3, 2].map(cached));
 }
 
 #[tokio::test]

@@ -92,6 +92,11 @@ impl EventLog {
     }
 }
 
+/// What the jobs of these tests have in common.
+pub fn spec() -> JobSpec {
+    JobSpec { prompt: "picture".to_owned(), num_inference_steps: Some(10), ..JobSpec::default() }
+}
+
 /// The settings that tests vary.
 pub struct Setup {
     pub max_microbatch: usize,
@@ -203,15 +208,19 @@ impl WorkerUnderTest {
         let spec = JobSpec {
             prompt: format!("picture {ordinal}"),
             seed: Some(ordinal.into()),
-            num_inference_steps: Some(10),
             width: Some(width),
-            ..JobSpec::default()
+            ..spec()
         };
-        let spec =
-            spec.validate(&SpecDefaults::of_model(64, 64, NoiseScheduler::Pndm)).expect("a valid spec");
-        let job_id = self.catalog.insert(self.batch_id, ordinal, spec);
+        let job_id = self.insert(ordinal, spec);
         self.publish(job_id, band);
         job_id
+    }
+
+    /// A row without a message.
+    pub fn insert(&self, ordinal: u32, spec: JobSpec) -> JobId {
+        let spec =
+            spec.validate(&SpecDefaults::of_model(64, 64, NoiseScheduler::Pndm)).expect("a valid spec");
+        self.catalog.insert(self.batch_id, ordinal, spec)
     }
 
     pub fn publish(&self, job_id: JobId, band: PriorityBand) {

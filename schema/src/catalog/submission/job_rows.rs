@@ -11,9 +11,9 @@ const COPY_CHUNK: usize = 256 * 1024;
 
 /// The columns that are sent, in the order in which they are sent.
 const JOB_COLUMNS: &str = "job_id, batch_id, model_id, ordinal, source_line, client_ref, band, prompt, \
-    negative_prompt, seed, num_inference_steps, guidance_scale, width, height, noise_scheduler, max_attempts, \
-    traceparent";
-const JOB_COLUMN_COUNT: i16 = 17;
+    negative_prompt, seed, num_inference_steps, guidance_scale, width, height, noise_scheduler, guidance_start, \
+    guidance_stop, cache_interval, max_attempts, traceparent";
+const JOB_COLUMN_COUNT: i16 = 20;
 
 /// Writes `jobs` as the jobs of batch `batch_id`, by one COPY.
 pub(super) async fn copy_jobs(
@@ -45,6 +45,10 @@ pub(super) async fn copy_jobs(
         rows.integer(signed(spec.width()));
         rows.integer(signed(spec.height()));
         rows.text(spec.noise_scheduler().as_str());
+        let recipe = spec.recipe();
+        rows.double(recipe.guidance_start);
+        rows.double(recipe.guidance_stop);
+        rows.integer(signed(recipe.cache_interval));
         rows.smallint(max_attempts(new));
         rows.optional_text(new.traceparent.as_deref());
         if rows.len() >= COPY_CHUNK {
