@@ -16,6 +16,7 @@ use tracing::{info, warn};
 use crate::amqp::{self, AmqpQueue, AmqpSettings};
 use crate::backoff::{Backoff, Chain, Patience};
 use crate::config::{Config, PipelineChoice};
+use crate::diffusion::LoadOptions;
 use crate::engine::Engine;
 use crate::metrics::Metrics;
 use crate::model_files;
@@ -167,8 +168,8 @@ async fn pipeline_loader(config: &Config, model: Model) -> Result<PipelineLoader
             let verified = folder.clone();
             let verify = tokio::task::spawn_blocking(move || model_files::verify(&model, &verified));
             verify.await.context("checking the model's files died")??;
-            let (device, dtype) = (config.device, config.dtype);
-            Ok(Box::new(move || Ok(Box::new(StableDiffusionPipeline::load(&folder, device, dtype)?))))
+            let options = LoadOptions { device: config.device, dtype: config.dtype, kernels: config.kernels };
+            Ok(Box::new(move || Ok(Box::new(StableDiffusionPipeline::load(&folder, options)?))))
         }
     }
 }
