@@ -65,7 +65,8 @@ inline unsigned short round_f16(float x) {
     if (size >= 65520.f) return static_cast<unsigned short>(sign | 0x7c00u);
     int exponent;
     std::frexp(size, &exponent);
-    if (exponent < -13) exponent = -13;
+    // frexp gives 0 for 0.
+    if (exponent < -13 || size == 0.f) exponent = -13;
     // In units of the last place, between 1024 and 2048 if normal; 2048 carries into the exponent by itself.
     const unsigned units = static_cast<unsigned>(std::nearbyint(std::ldexp(size, 11 - exponent)));
     return static_cast<unsigned short>(sign | (units + (static_cast<unsigned>(exponent + 13) << 10)));
