@@ -3,7 +3,8 @@
 #
 #   bench/run.sh                          CPU, tiny and small models: what `make bench` runs
 #   SIZES=full STEPS=1 bench/run.sh       one full-size step on the CPU
-#   DEVICE=cuda bench/run.sh              a GPU: full size, 50 steps, f16 and bf16, batch sizes 1 to 66
+#   DEVICE=cuda bench/run.sh              a GPU: full size, 50 steps, f16 and bf16, batch sizes 1 to 66, with our own
+#                                         kernels and then without (KERNELS)
 #
 # Needs the built binary (BINARY, or target/release) and a Python with worker/tests/golden/requirements.txt and psutil
 # (PYTHON). On a GPU machine the wheels' own libraries serve our binary too: see worker/src/diffusion/device.rs.
@@ -18,7 +19,7 @@ OUT=${OUT:-bench/out}
 MODELS=${MODELS:-$OUT/models}
 if [[ $DEVICE == cuda* ]]; then
   SIZES=${SIZES:-full} STEPS=${STEPS:-50} DTYPES=${DTYPES:-f16,bf16} ROUNDS=${ROUNDS:-5}
-  BATCH_SIZES=${BATCH_SIZES:-1,4,8,16,32,33,64,66}
+  BATCH_SIZES=${BATCH_SIZES:-1,4,8,16,32,33,64,66} KERNELS=${KERNELS:-fused plain}
   # Ours opens the CUDA half of the very libtorch that Python has.
   LD_LIBRARY_PATH=$("$PYTHON" -c 'import os, torch; print(os.path.join(os.path.dirname(torch.__file__), "lib"))')
   export LD_LIBRARY_PATH
@@ -29,14 +30,17 @@ if [[ $DEVICE == cuda* ]]; then
   trap 'kill $!' EXIT
 else
   SIZES=${SIZES:-tiny small} STEPS=${STEPS:-10} DTYPES=${DTYPES:-f32} ROUNDS=${ROUNDS:-5} BATCH_SIZES=${BATCH_SIZES:-1}
+  KERNELS=plain
 fi
 [ -x "$BINARY" ] || { echo "bench: there is no $BINARY; build it first, or set BINARY" >&2; exit 1; }
 mkdir -p "$OUT" "$MODELS"
 
 for size in $SIZES; do
-  "$BINARY" --log warn bench --size "$size" --device "$DEVICE" --dtypes "$DTYPES" --batch-sizes "$BATCH_SIZES" \
-    --num-inference-steps "$STEPS" --repeats "$ROUNDS" --json >"$OUT/$size-$DEVICE.json"
-  echo "bench: wrote $OUT/$size-$DEVICE.json"
+  for kernels in $KERNELS; do
+    "$BINARY" --log warn bench --size "$size" --device "$DEVICE" --dtypes "$DTYPES" --batch-sizes "$BATCH_SIZES" \
+      --num-inference-steps "$STEPS" --repeats "$ROUNDS" --kernels "$kernels" --json >"$OUT/$size-$DEVICE-$kernels.json"
+    echo "bench: wrote $OUT/$size-$DEVICE-$kernels.json"
+  done
   "$PYTHON" -c 'import diffusers' 2>/dev/null || { echo "bench: $PYTHON has no diffusers, nothing to compare with"; continue; }
   for dtype in ${DTYPES//,/ }; do
     for batch_size in ${BATCH_SIZES//,/ }; do

@@ -20,7 +20,8 @@ use self::measure::{Bench, Call};
 use self::report::{Report, Run};
 use crate::diffusion::device::set_threads_per_picture;
 use crate::diffusion::{
-    ComputeDevice, ComputeDtype, GenerationParameters, LoadOptions, SchedulerKind, StableDiffusionPipeline,
+    ComputeDevice, ComputeDtype, GenerationParameters, KernelChoice, LoadOptions, SchedulerKind,
+    StableDiffusionPipeline,
 };
 use crate::generate::RecipeArgs;
 
@@ -52,6 +53,9 @@ pub struct BenchArgs {
     /// Where to compute: cpu, cuda or cuda:N.
     #[arg(long, default_value = "cpu")]
     pub device: ComputeDevice,
+    /// What a GPU computes with: fused (our own kernels where they fit) or plain (libtorch's alone).
+    #[arg(long, default_value_t = KernelChoice::default(), value_name = "plain|fused")]
+    pub kernels: KernelChoice,
     /// Threads of the CPU that work on one picture.
     #[arg(long, value_name = "COUNT", default_value_t = NonZeroUsize::MIN)]
     pub cpu_threads: NonZeroUsize,
@@ -144,7 +148,7 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
 
 /// The model, from files if there are any.
 fn load(args: &BenchArgs, folder: &Path, dtype: ComputeDtype) -> anyhow::Result<StableDiffusionPipeline> {
-    let options = LoadOptions { device: args.device, dtype };
+    let options = LoadOptions { device: args.device, dtype, kernels: args.kernels };
     Ok(if args.model.is_some() || args.save_model.is_some() {
         StableDiffusionPipeline::from_pretrained(folder, &options)?
     } else {

@@ -10,7 +10,7 @@
 //! let device: ComputeDevice = "cpu".parse()?;            // or "cuda:0"
 //! device.open()?;                                        // opens the CUDA libraries, or limits threads on the CPU
 //!
-//! let options = LoadOptions { device, dtype: ComputeDtype::F32 };
+//! let options = LoadOptions { device, dtype: ComputeDtype::F32, kernels: KernelChoice::Fused };
 //! let pipeline = StableDiffusionPipeline::from_pretrained(directory, &options)?;   // LoadError lists every fault
 //! pipeline.default_size()       -> (width, height)       // unet.sample_size × vae_scale_factor
 //! pipeline.default_scheduler()  -> Option<SchedulerKind> // the checkpoint's own class, if it is one of ours
@@ -47,6 +47,7 @@ pub mod config;
 pub mod device;
 pub mod drawn_weights;
 pub mod flops;
+pub mod kernels;
 pub mod load_error;
 pub mod models;
 pub mod nn;
@@ -57,6 +58,7 @@ pub mod schedulers;
 pub mod weights;
 
 pub use device::{ComputeDevice, ComputeDtype, DeviceError};
+pub use kernels::KernelChoice;
 pub use load_error::LoadError;
 pub use pipeline_stable_diffusion::{
     GeneratedImage, Generation, GenerationParameters, ImageError, ImageRequest, LoadOptions, NoiseKind,

@@ -19,8 +19,9 @@ use crate::diffusion::device::set_threads_per_picture;
 use crate::diffusion::models::autoencoder_kl::AutoencoderKLConfig;
 use crate::diffusion::pipeline_stable_diffusion::{InputFault, size_faults};
 use crate::diffusion::{
-    ComputeDevice, ComputeDtype, GeneratedImage, GenerationParameters, ImageError, ImageRequest, LoadOptions,
-    PipelineError, Recipe, SchedulerKind, StableDiffusionPipeline, StageSeconds, StepControl,
+    ComputeDevice, ComputeDtype, GeneratedImage, GenerationParameters, ImageError, ImageRequest,
+    KernelChoice, LoadOptions, PipelineError, Recipe, SchedulerKind, StableDiffusionPipeline, StageSeconds,
+    StepControl,
 };
 use crate::infotext::Parameters;
 
@@ -63,6 +64,10 @@ pub struct GenerateArgs {
     /// Precision to compute in: f32, f16 or bf16. Half the memory and, on a GPU, more than twice the speed in 16 bits.
     #[arg(long, default_value = "f32")]
     pub dtype: String,
+    /// What a GPU computes with: fused (our own kernels where they fit) or plain (libtorch's alone). Without a meaning on
+    /// the CPU.
+    #[arg(long, default_value_t = KernelChoice::default(), value_name = "plain|fused")]
+    pub kernels: KernelChoice,
     /// Threads of the CPU to use. More are faster on an idle machine, and change the picture's last bits.
     #[arg(long, value_name = "COUNT", default_value_t = NonZeroUsize::MIN)]
     pub cpu_threads: NonZeroUsize,
@@ -140,6 +145,8 @@ struct Report<'a> {
     cache_interval: usize,
     device: String,
     dtype: String,
+    /// `plain`, or `fused` and what our own kernels were compiled for.
+    kernels: String,
     /// How the first noise was drawn.
     noise: String,
     /// What of the prompt the text encoder could not take.
@@ -169,7 +176,7 @@ pub fn run(args: &GenerateArgs) -> anyhow::Result<()> {
         set_threads_per_picture(args.cpu_threads);
     }
     valid.device.open()?;
-    let options = LoadOptions { device: valid.device, dtype: valid.dtype };
+    let options = LoadOptions { device: valid.device, dtype: valid.dtype, kernels: args.kernels };
     let pipeline = StableDiffusionPipeline::from_pretrained(&args.model, &options)?;
     let load = start.elapsed().as_secs_f64();
 
@@ -221,6 +228,7 @@ pub fn run(args: &GenerateArgs) -> anyhow::Result<()> {
         cache_interval: parameters.recipe.cache_interval,
         device: valid.device.to_string(),
         dtype: valid.dtype.to_string(),
+        kernels: pipeline.kernels(),
         noise: image.noise.to_string(),
         truncated_prompt: image.truncated_prompt.as_deref(),
         truncated_negative_prompt: image.truncated_negative_prompt.as_deref(),

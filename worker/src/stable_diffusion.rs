@@ -12,8 +12,8 @@ use crate::diffusion::pipeline_stable_diffusion::{NoiseKind, StageSeconds};
 use crate::diffusion::rng::RngError;
 use crate::diffusion::schedulers::SchedulerError;
 use crate::diffusion::{
-    self, ComputeDevice, ComputeDtype, GenerationParameters, ImageError, ImageRequest, LoadOptions, Recipe,
-    SchedulerKind, StepControl, StepProgress,
+    self, ComputeDtype, GenerationParameters, ImageError, ImageRequest, LoadOptions, Recipe, SchedulerKind,
+    StepControl, StepProgress,
 };
 use crate::pipeline::{
     Generated, GeneratedImage, PictureOutcome, Pipeline, PipelineError, PipelineIdentity, StageTimes,
@@ -38,9 +38,9 @@ pub struct StableDiffusionPipeline {
 
 impl StableDiffusionPipeline {
     /// Loads a checkpoint's folder. To be called before anything else uses libtorch, on the thread that will own it.
-    pub fn load(folder: &Path, device: ComputeDevice, dtype: ComputeDtype) -> Result<Self, PipelineError> {
+    pub fn load(folder: &Path, options: LoadOptions) -> Result<Self, PipelineError> {
+        let LoadOptions { device, dtype, .. } = options;
         device.open().map_err(|error| PipelineError::Device { source: Arc::new(error) })?;
-        let options = LoadOptions { device, dtype };
         let model = diffusion::StableDiffusionPipeline::from_pretrained(folder, &options)
             .map_err(|error| PipelineError::Input { source: Arc::new(error) })?;
         let identity = PipelineIdentity {

@@ -16,6 +16,7 @@ use tracing::{info, warn};
 use crate::amqp::{self, AmqpQueue, AmqpSettings};
 use crate::backoff::{Backoff, Chain, Patience};
 use crate::config::{Config, PipelineChoice};
+use crate::diffusion::LoadOptions;
 use crate::engine::Engine;
 use crate::metrics::Metrics;
 use crate::model_files;
@@ -175,8 +176,9 @@ impl Loading {
             PipelineChoice::StableDiffusion => {
                 let folder = config.model_dir.clone().unwrap_or_else(|| PathBuf::from(&model.folder));
                 let files = Some((model.clone(), folder.clone()));
-                let (device, dtype) = (config.device, config.dtype);
-                let load = move || Ok(Box::new(StableDiffusionPipeline::load(&folder, device, dtype)?) as _);
+                let options =
+                    LoadOptions { device: config.device, dtype: config.dtype, kernels: config.kernels };
+                let load = move || Ok(Box::new(StableDiffusionPipeline::load(&folder, options)?) as _);
                 Self { load: Box::new(load), files }
             }
         }

@@ -264,7 +264,7 @@ fn a_gpu_without_its_libraries_is_refused_before_anything_is_read() {
     if ComputeDevice::Cuda(0).open().is_ok() {
         return; // There is a GPU here.
     }
-    let options = LoadOptions { device: ComputeDevice::Cuda(0), dtype: ComputeDtype::F16 };
+    let options = LoadOptions { device: ComputeDevice::Cuda(0), dtype: ComputeDtype::F16, ..F32 };
     let error = StableDiffusionPipeline::from_pretrained(&golden_path("tiny"), &options).unwrap_err();
     assert!(matches!(error.faults[..], [Fault::Device(_)]), "{error}");
     assert!(error.to_string().contains("hint: "), "{error}");

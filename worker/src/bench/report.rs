@@ -76,6 +76,8 @@ struct Configs {
 #[derive(Debug, Serialize)]
 pub struct Run {
     dtype: String,
+    /// What computed: `plain`, or `fused` and what our own kernels were compiled for.
+    kernels: String,
     batch_size: usize,
     /// Making or reading the model; the same for all batch sizes of a dtype.
     load_seconds: f64,
@@ -261,6 +263,7 @@ impl Run {
         let stage = |value: fn(&Call) -> f64| Spread::of(calls, value);
         Self {
             dtype: bench.dtype().to_string(),
+            kernels: bench.pipeline.kernels(),
             batch_size: bench.batch_size(),
             load_seconds,
             calls: calls.len(),

@@ -30,6 +30,12 @@ pub enum DeviceError {
         /// What was asked for.
         name: String,
     },
+    /// Not a choice of kernels.
+    #[error("`kernels` must be `plain` or `fused` but is `{name}`")]
+    UnknownKernels {
+        /// What was asked for.
+        name: String,
+    },
     /// libtorch's CUDA half, or a library it needs, is not installed.
     #[error(
         "{library} cannot be opened: {reason}\n  \

@@ -1,7 +1,8 @@
 //! The layers of `torch.nn` that the models are made of, with their weights. Shapes follow PyTorch.
 
-use tch::{TchError, Tensor};
+use tch::{Kind, TchError, Tensor};
 
+use super::kernels::{GroupNormParameters, Kernels, LayerNormParameters, from_pixels, pixels};
 use super::weights::Weights;
 
 /// `torch.nn.Linear`.
@@ -68,6 +69,86 @@ impl Linear {
     pub fn forward(&self, input: &Tensor) -> Result<Tensor, TchError> {
         input.f_linear(&self.weight, self.bias.as_ref())
     }
+
+    /// As [`Self::forward`], without the bias, which the caller sees to.
+    pub fn forward_without_bias(&self, input: &Tensor) -> Result<Tensor, TchError> {
+        input.f_linear(&self.weight, None::<&Tensor>)
+    }
+
+    /// Adds [`Self::forward_without_bias`] to `sum` `(…, out_features)`, which lies in one piece, as part of the product.
+    pub fn add_without_bias(&self, sum: &mut Tensor, input: &Tensor) -> Result<(), TchError> {
+        let rows = |tensor: &Tensor, features: i64| tensor.f_view([-1, features]);
+        let (out_features, in_features) = self.weight.size2()?;
+        let input = input.f_reshape([-1, in_features])?;
+        let _ = rows(sum, out_features)?.f_addmm_(&input, &self.weight.f_transpose(0, 1)?)?;
+        Ok(())
+    }
+
+    /// The layer's bias `(out_features)`; `None` in a layer without one.
+    pub fn bias(&self) -> Option<&Tensor> {
+        self.bias.as_ref()
+    }
+
+    /// The layer, loaded from `weights`, with `addend` `(out_features)` in its bias.
+    pub fn with_more_bias(mut self, weights: &Weights<'_>, addend: &Tensor) -> Self {
+        self.bias = self.bias.map(|bias| weights.made("bias", sum(&[&bias, addend])));
+        self
+    }
+
+    /// The layer, loaded from `weights`, with what it makes of `pending` `(in_features)` in its bias: `pending` is what
+    /// its input lacks everywhere.
+    pub fn with_pending(self, weights: &Weights<'_>, pending: &Tensor) -> Self {
+        if !(self.weight.defined() && pending.defined()) {
+            return self;
+        }
+        let float = |tensor: &Tensor| tensor.f_to_kind(Kind::Float);
+        let product = float(&self.weight).and_then(|weight| weight.f_mv(&float(pending)?));
+        let product = weights.made("bias", product);
+        self.with_more_bias(weights, &product)
+    }
+}
+
+/// The sum of vectors, in f32 and then rounded to the first one's dtype. An empty tensor, which stands for a fault that is
+/// recorded already, gives an empty sum.
+pub fn sum(vectors: &[&Tensor]) -> Result<Tensor, TchError> {
+    let [first, ..] = vectors else { return Ok(Tensor::new()) };
+    if vectors.iter().any(|vector| !vector.defined()) {
+        return Ok(Tensor::new());
+    }
+    let mut sum = first.f_to_device_(first.device(), Kind::Float, false, true)?;
+    for vector in &vectors[1..] {
+        sum = sum.f_add_(&vector.f_to_kind(Kind::Float)?)?;
+    }
+    sum.f_to_kind(first.kind())
+}
+
+/// A 1×1 convolution: by libtorch's convolution, or, where the channels of a pixel are side by side, by the product of
+/// matrices that it is.
+#[derive(Debug)]
+pub enum PointwiseConv {
+    /// Channels first.
+    Conv(Conv2d),
+    /// Channels last.
+    Product(Linear),
+}
+
+impl PointwiseConv {
+    /// A convolution of each pixel by itself.
+    pub fn load(weights: &Weights<'_>, in_channels: i64, out_channels: i64) -> Self {
+        if weights.kernels().is_channels_last() {
+            Self::Product(Linear::from_pointwise_conv(weights, in_channels, out_channels))
+        } else {
+            Self::Conv(Conv2d::load(weights, in_channels, out_channels, 1))
+        }
+    }
+
+    /// `(batch_size, in_channels, height, width)` to `(batch_size, out_channels, height, width)`.
+    pub fn forward(&self, input: &Tensor) -> Result<Tensor, TchError> {
+        match self {
+            Self::Conv(conv) => conv.forward(input),
+            Self::Product(linear) => from_pixels(&linear.forward(&pixels(input)?)?),
+        }
+    }
 }
 
 /// `torch.nn.Conv2d` with a square kernel and a bias.
@@ -83,7 +164,7 @@ impl Conv2d {
     /// A convolution of stride 1 that keeps height and width; `kernel_size` is odd.
     pub fn load(weights: &Weights<'_>, in_channels: i64, out_channels: i64, kernel_size: i64) -> Self {
         Self {
-            weight: weights.tensor("weight", &[out_channels, in_channels, kernel_size, kernel_size]),
+            weight: weights.kernel_tensor("weight", &[out_channels, in_channels, kernel_size, kernel_size]),
             bias: weights.tensor("bias", &[out_channels]),
             stride: 1,
             padding: kernel_size / 2,
@@ -102,8 +183,17 @@ impl Conv2d {
 
     /// As [`Self::forward`], with another bias `(out_channels)` than the layer's own.
     pub fn forward_with_bias(&self, input: &Tensor, bias: &Tensor) -> Result<Tensor, TchError> {
+        self.convolve(input, Some(bias))
+    }
+
+    /// As [`Self::forward`], without the bias, which the caller sees to: on a GPU it is a pass of its own.
+    pub fn forward_without_bias(&self, input: &Tensor) -> Result<Tensor, TchError> {
+        self.convolve(input, None)
+    }
+
+    fn convolve(&self, input: &Tensor, bias: Option<&Tensor>) -> Result<Tensor, TchError> {
         let (stride, padding) = ([self.stride; 2], [self.padding; 2]);
-        input.f_conv2d(&self.weight, Some(bias), stride, padding, [1, 1], 1)
+        input.f_conv2d(&self.weight, bias, stride, padding, [1, 1], 1)
     }
 
     /// The layer's bias `(out_channels)`.
@@ -119,6 +209,7 @@ pub struct GroupNorm {
     bias: Tensor,
     num_groups: i64,
     eps: f64,
+    kernels: Kernels,
 }
 
 impl GroupNorm {
@@ -126,12 +217,22 @@ impl GroupNorm {
     pub fn load(weights: &Weights<'_>, num_groups: i64, num_channels: i64, eps: f64) -> Self {
         let (weight, bias) =
             (weights.tensor("weight", &[num_channels]), weights.tensor("bias", &[num_channels]));
-        Self { weight, bias, num_groups, eps }
+        Self { weight, bias, num_groups, eps, kernels: weights.kernels().clone() }
     }
 
     /// `(batch_size, num_channels, …)` to the same shape.
     pub fn forward(&self, input: &Tensor) -> Result<Tensor, TchError> {
-        input.f_group_norm(self.num_groups, Some(&self.weight), Some(&self.bias), self.eps, true)
+        self.kernels.group_norm(input, None, &self.parameters(false))
+    }
+
+    /// As [`Self::forward`], of `input` plus `addend` `(num_channels)` if there is one, followed by SiLU.
+    pub fn forward_silu(&self, input: &Tensor, addend: Option<&Tensor>) -> Result<Tensor, TchError> {
+        self.kernels.group_norm(input, addend, &self.parameters(true))
+    }
+
+    fn parameters(&self, silu: bool) -> GroupNormParameters<'_> {
+        let Self { weight, bias, num_groups, eps, .. } = self;
+        GroupNormParameters { weight, bias, num_groups: *num_groups, eps: *eps, silu }
     }
 }
 
@@ -140,19 +241,26 @@ impl GroupNorm {
 pub struct LayerNorm {
     weight: Tensor,
     bias: Tensor,
-    size: i64,
     eps: f64,
+    kernels: Kernels,
 }
 
 impl LayerNorm {
     /// A norm over vectors of `size`.
     pub fn load(weights: &Weights<'_>, size: i64, eps: f64) -> Self {
-        Self { weight: weights.tensor("weight", &[size]), bias: weights.tensor("bias", &[size]), size, eps }
+        let (weight, bias) = (weights.tensor("weight", &[size]), weights.tensor("bias", &[size]));
+        Self { weight, bias, eps, kernels: weights.kernels().clone() }
     }
 
     /// `(…, size)` to the same shape.
     pub fn forward(&self, input: &Tensor) -> Result<Tensor, TchError> {
-        input.f_layer_norm([self.size], Some(&self.weight), Some(&self.bias), self.eps, true)
+        self.forward_pending(input, None)
+    }
+
+    /// As [`Self::forward`], of `input` plus `pending` `(size)`, what its input lacks everywhere.
+    pub fn forward_pending(&self, input: &Tensor, pending: Option<&Tensor>) -> Result<Tensor, TchError> {
+        let Self { weight, bias, eps, .. } = self;
+        self.kernels.layer_norm(input, pending, &LayerNormParameters { weight, bias, eps: *eps })
     }
 }
 

@@ -28,6 +28,7 @@ pub use self::recipe::Recipe;
 use super::clip_image_processor::{CLIPImageProcessor, RgbPixels};
 use super::clip_tokenizer::CLIPTokenizer;
 use super::device::{ComputeDevice, prepare_thread};
+use super::kernels::Kernels;
 use super::models::autoencoder_kl::AutoencoderKL;
 use super::models::clip_text_model::CLIPTextModel;
 use super::models::unet_2d_condition::UNet2DConditionModel;
@@ -51,6 +52,7 @@ pub struct StableDiffusionPipeline {
     latent_channels: i64,
     vae_scale_factor: i64,
     options: LoadOptions,
+    kernels: Kernels,
 }
 
 /// A prompt's embedding `(1, model_max_length, hidden_size)` and what of the prompt did not fit.
@@ -82,6 +84,11 @@ impl StableDiffusionPipeline {
     /// Where and in which precision the models compute.
     pub fn options(&self) -> LoadOptions {
         self.options
+    }
+
+    /// What the models compute with: `plain`, or `fused` and what our own kernels were compiled for.
+    pub fn kernels(&self) -> String {
+        self.kernels.to_string()
     }
 
     /// Makes the pictures of one microbatch. `on_step` is called after each denoising step and can stop the call or

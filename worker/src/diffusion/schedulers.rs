@@ -28,6 +28,7 @@
 
 use tch::{TchError, Tensor};
 
+use super::kernels::MultistepRow;
 use super::rng::{Generator, RngError};
 
 mod config;
@@ -116,6 +117,12 @@ pub trait Scheduler {
         sample: &Tensor,
         generators: &mut [Generator],
     ) -> Result<Tensor, SchedulerError>;
+
+    /// What each step does, where all of them are weighted sums of samples and of the last few outputs, for
+    /// [`super::kernels::Multistep`]; the state of the steps is not in it. `None` for all but PNDM without Runge-Kutta steps.
+    fn multistep_rows(&self) -> Result<Option<Vec<MultistepRow>>, SchedulerError> {
+        Ok(None)
+    }
 
     /// `original_samples` with `noise` added as strong as at this step; all of one shape and dtype.
     fn add_noise(

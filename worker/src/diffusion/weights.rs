@@ -22,6 +22,7 @@ use tch::{Device, Kind, TchError, Tensor};
 
 use super::device::ComputeDtype;
 use super::drawn_weights::{DrawnTensor, DrawnWeights};
+use super::kernels::Kernels;
 use super::load_error::Fault;
 
 /// How many bytes of a safetensors file give the header's length (the format's definition).
@@ -37,6 +38,8 @@ pub struct WeightFile {
     source: Source,
     kind: Kind,
     device: Device,
+    /// What the layers will compute with.
+    kernels: Kernels,
     faults: RefCell<Vec<Fault>>,
 }
 
@@ -119,6 +122,7 @@ impl WeightFile {
             source: Source::Mapped { map, data_start: HEADER_LENGTH_BYTES + header_length, entries },
             kind,
             device,
+            kernels: Kernels::plain(false),
             faults: RefCell::new(faults),
         })
     }
@@ -131,8 +135,14 @@ impl WeightFile {
             source: Source::Drawn { weights, asked_for: RefCell::default() },
             kind: dtype.to_tch(),
             device,
+            kernels: Kernels::plain(false),
             faults: RefCell::default(),
         }
+    }
+
+    /// Weights for layers that compute with `kernels`; without it, with libtorch's operations, channels first.
+    pub fn with_kernels(self, kernels: Kernels) -> Self {
+        Self { kernels, ..self }
     }
 
     /// What the model asked for so far, in that order, if the weights are drawn.
@@ -252,6 +262,27 @@ impl Weights<'_> {
     pub fn stacked(&self, places: &[&str], name: &str, shape: &[i64]) -> Tensor {
         let tensors: Vec<Tensor> = places.iter().map(|place| (self / place).tensor(name, shape)).collect();
         if tensors.iter().all(Tensor::defined) { Tensor::cat(&tensors, 0) } else { Tensor::new() }
+    }
+
+    /// As [`Self::tensor`], a convolution's, which lies in memory as its feature maps do.
+    pub fn kernel_tensor(&self, name: &str, shape: &[i64]) -> Tensor {
+        let tensor = self.tensor(name, shape);
+        if tensor.defined() { self.made(name, self.kernels().lay_out(&tensor)) } else { tensor }
+    }
+
+    /// What was made of the tensor `name` of this place. Where that failed, the fault is recorded and an empty tensor
+    /// returned.
+    pub fn made(&self, name: &str, tensor: Result<Tensor, TchError>) -> Tensor {
+        tensor.unwrap_or_else(|error| {
+            let (file, key) = (self.file.file.clone(), format!("{}{name}", self.prefix));
+            self.file.faults.borrow_mut().push(Fault::Tensor { file, key, error });
+            Tensor::new()
+        })
+    }
+
+    /// What the layers compute with.
+    pub fn kernels(&self) -> &Kernels {
+        &self.file.kernels
     }
 
     /// The device that the tensors are put on.

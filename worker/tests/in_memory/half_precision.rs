@@ -5,8 +5,8 @@ use std::path::Path;
 use schema::{ErrorClass, JobState};
 use serde_json::json;
 use worker::diffusion::{
-    ComputeDevice, ComputeDtype, GenerationParameters, ImageError, ImageRequest, LoadOptions, NoiseKind,
-    Recipe, SchedulerKind, Stage, StepControl,
+    ComputeDevice, ComputeDtype, GenerationParameters, ImageError, ImageRequest, KernelChoice, LoadOptions,
+    NoiseKind, Recipe, SchedulerKind, Stage, StepControl,
 };
 use worker::stable_diffusion::StableDiffusionPipeline;
 
@@ -14,8 +14,9 @@ use crate::catalog::Row;
 use crate::checkpoint::{Checkpoint, UNET, VAE};
 use crate::worker_under_test::{Setup, WorkerUnderTest};
 
-const F16: LoadOptions = LoadOptions { device: ComputeDevice::Cpu, dtype: ComputeDtype::F16 };
-const F32: LoadOptions = LoadOptions { dtype: ComputeDtype::F32, ..F16 };
+const F16: LoadOptions = LoadOptions { dtype: ComputeDtype::F16, ..F32 };
+const F32: LoadOptions =
+    LoadOptions { device: ComputeDevice::Cpu, dtype: ComputeDtype::F32, kernels: KernelChoice::Plain };
 /// Below the largest number of f16, 65504, so that the weights are finite in it and what they are multiplied to is not.
 const OVERFLOWS_F16: f64 = 60_000.0;
 /// The same for f32, whose largest number is 3.4e38.
@@ -55,11 +56,7 @@ async fn settled(folder: &Path, jobs: u32) -> (WorkerUnderTest, Vec<Row>) {
     let mut worker = WorkerUnderTest::new(Setup::full_microbatches(jobs as usize));
     let job_ids = worker.submit_many(0..jobs);
     let folder = folder.to_owned();
-    worker
-        .start(move || {
-            Box::new(StableDiffusionPipeline::load(&folder, F16.device, F16.dtype).expect("it loads"))
-        })
-        .await;
+    worker.start(move || Box::new(StableDiffusionPipeline::load(&folder, F16).expect("it loads"))).await;
     worker.wait_for_acks(job_ids.len()).await;
     worker.drain().await.expect("a good end");
     let rows = job_ids.iter().map(|job_id| worker.row(*job_id)).collect();

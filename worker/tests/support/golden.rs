@@ -8,13 +8,14 @@ use tch::{Device, Kind, Tensor};
 use worker::diffusion::config::ConfigFile;
 use worker::diffusion::load_error::Fault;
 use worker::diffusion::weights::WeightFile;
-use worker::diffusion::{ComputeDevice, ComputeDtype, LoadOptions, StableDiffusionPipeline};
+use worker::diffusion::{ComputeDevice, ComputeDtype, KernelChoice, LoadOptions, StableDiffusionPipeline};
 
 /// The checkpoints among the golden files.
 pub const CHECKPOINTS: [&str; 2] = ["tiny", "small"];
 
 /// Computing in f32 on the CPU.
-pub const F32: LoadOptions = LoadOptions { device: ComputeDevice::Cpu, dtype: ComputeDtype::F32 };
+pub const F32: LoadOptions =
+    LoadOptions { device: ComputeDevice::Cpu, dtype: ComputeDtype::F32, kernels: KernelChoice::Plain };
 
 /// How far a tensor may be from the reference: the largest difference against the reference's largest value.
 pub const TOLERANCE: f64 = 1e-4;

@@ -2,7 +2,8 @@
 
 use tch::{Device, Kind, TchError, Tensor};
 
-use super::super::nn::{LayerNorm, Linear};
+use super::super::kernels::Kernels;
+use super::super::nn::{LayerNorm, Linear, sum};
 use super::super::weights::Weights;
 
 /// Epsilon of the transformer blocks' LayerNorms (`norm_eps` of diffusers' `BasicTransformerBlock`).
@@ -65,12 +66,17 @@ impl SelfAttention {
 
     /// `(batch_size, sequence_length, dim)` to the same shape.
     pub fn forward(&self, hidden_states: &Tensor) -> Result<Tensor, TchError> {
+        self.to_out.forward(&self.attended(hidden_states)?)
+    }
+
+    /// As [`Self::forward`], before the output projection.
+    fn attended(&self, hidden_states: &Tensor) -> Result<Tensor, TchError> {
         let (batch_size, length, channels) = hidden_states.size3()?;
         let qkv = self.to_qkv.forward(hidden_states)?;
         let qkv = qkv.f_view([batch_size, length, 3, self.heads, channels / self.heads])?;
         let qkv = rows_of_a_head_together(qkv.f_permute([2, 0, 3, 1, 4])?)?;
         let key_value = KeyValue { key: qkv.f_select(0, 1)?, value: qkv.f_select(0, 2)? };
-        self.to_out.forward(&attend(&qkv.f_select(0, 0)?, &key_value)?)
+        attend(&qkv.f_select(0, 0)?, &key_value)
     }
 }
 
@@ -113,15 +119,18 @@ impl CrossAttention {
 
     /// `(batch_size, sequence_length, query_dim)` to the same shape, attending to `text`.
     pub fn forward(&self, hidden_states: &Tensor, text: &KeyValue) -> Result<Tensor, TchError> {
+        self.to_out.forward(&self.attended(hidden_states, text)?)
+    }
+
+    /// As [`Self::forward`], before the output projection.
+    fn attended(&self, hidden_states: &Tensor, text: &KeyValue) -> Result<Tensor, TchError> {
         let query = self.split_heads(&self.to_q.forward(hidden_states)?)?;
         // A text is short: plain products take two thirds of the time that the CPU's kernel for long sequences does.
-        let attended = if query.device() == Device::Cpu {
+        if query.device() == Device::Cpu {
             let weights = query.f_matmul(&text.key.f_transpose(2, 3)?)?.f_softmax(-1, None::<Kind>)?;
-            weights.f_matmul(&text.value)?.f_transpose(1, 2)?.f_flatten(2, 3)?
-        } else {
-            attend(&query, text)?
-        };
-        self.to_out.forward(&attended)
+            return weights.f_matmul(&text.value)?.f_transpose(1, 2)?.f_flatten(2, 3);
+        }
+        attend(&query, text)
     }
 
     /// `(batch_size, length, channels)` to `(batch_size, heads, length, channels / heads)`.
@@ -147,26 +156,51 @@ fn attend(query: &Tensor, text: &KeyValue) -> Result<Tensor, TchError> {
     attended.f_transpose(1, 2)?.f_flatten(2, 3)
 }
 
-/// `FeedForward` with `GEGLU`: one half of a projection gates the other. The halves are made by products of their own,
-/// so that each lies in one piece and the gate can be overwritten.
+/// `FeedForward` with `GEGLU`: one half of a projection gates the other.
 #[derive(Debug)]
 struct FeedForward {
-    proj: Linear,
-    gate: Linear,
+    projection: GegluProjection,
     out: Linear,
+}
+
+/// How the two halves are made.
+#[derive(Debug)]
+enum GegluProjection {
+    /// By products of their own, so that each lies in one piece and the gate can be overwritten.
+    Halves { proj: Linear, gate: Linear },
+    /// By one product, whose bias and gate are one kernel's.
+    Fused { both: Linear, kernels: Kernels },
 }
 
 impl FeedForward {
     fn load(weights: &Weights<'_>, dim: i64) -> Self {
         let inner_dim = FEED_FORWARD_MULT * dim;
-        let [proj, gate] = Linear::load(&(weights / "net" / 0 / "proj"), dim, 2 * inner_dim).halves();
-        Self { proj, gate, out: Linear::load(&(weights / "net" / 2), inner_dim, dim) }
+        let both = Linear::load(&(weights / "net" / 0 / "proj"), dim, 2 * inner_dim);
+        let projection = if weights.kernels().is_fused() {
+            GegluProjection::Fused { both, kernels: weights.kernels().clone() }
+        } else {
+            let [proj, gate] = both.halves();
+            GegluProjection::Halves { proj, gate }
+        };
+        Self { projection, out: Linear::load(&(weights / "net" / 2), inner_dim, dim) }
     }
 
     fn forward(&self, hidden_states: &Tensor) -> Result<Tensor, TchError> {
-        // The exact GELU, by erf: the tanh form differs visibly.
-        let mut gate = self.gate.forward(hidden_states)?.f_gelu_("none")?;
-        self.out.forward(&gate.f_mul_(&self.proj.forward(hidden_states)?)?)
+        self.out.forward(&self.gated(hidden_states)?)
+    }
+
+    /// As [`Self::forward`], before the output projection.
+    fn gated(&self, hidden_states: &Tensor) -> Result<Tensor, TchError> {
+        match &self.projection {
+            // The exact GELU, by erf: the tanh form differs visibly.
+            GegluProjection::Halves { proj, gate } => {
+                let mut gate = gate.forward(hidden_states)?.f_gelu_("none")?;
+                gate.f_mul_(&proj.forward(hidden_states)?)
+            }
+            GegluProjection::Fused { both, kernels } => {
+                kernels.geglu(&both.forward_without_bias(hidden_states)?, both.bias())
+            }
+        }
     }
 }
 
@@ -180,6 +214,16 @@ pub struct BasicTransformerBlock {
     attn2: CrossAttention,
     norm3: LayerNorm,
     ff: FeedForward,
+    pending: Pending,
+}
+
+/// The biases that [`BasicTransformerBlock::accumulate`] has not added yet, before each norm: sums over the layers since
+/// the last one that did. Each is `(dim)`; none where there is nothing to add.
+#[derive(Debug, Default)]
+struct Pending {
+    norm1: Option<Tensor>,
+    norm2: Option<Tensor>,
+    norm3: Option<Tensor>,
 }
 
 impl BasicTransformerBlock {
@@ -192,7 +236,22 @@ impl BasicTransformerBlock {
             attn2: CrossAttention::load(&(weights / "attn2"), dim, cross_attention_dim, heads),
             norm3: LayerNorm::load(&(weights / "norm3"), dim, LAYER_NORM_EPS),
             ff: FeedForward::load(&(weights / "ff"), dim),
+            pending: Pending::default(),
         }
+    }
+
+    /// Prepares for [`Self::accumulate`] on an input that lacks `pending` `(dim)`; what its output will lack.
+    pub fn leave_biases(&mut self, weights: &Weights<'_>, pending: Option<&Tensor>) -> Tensor {
+        let after = |pending: Option<&Tensor>, layer: &Linear| {
+            let vectors: Vec<&Tensor> = pending.into_iter().chain(layer.bias()).collect();
+            weights.made("bias", sum(&vectors))
+        };
+        let norm2 = after(pending, &self.attn1.to_out);
+        let norm3 = after(Some(&norm2), &self.attn2.to_out);
+        let output = after(Some(&norm3), &self.ff.out);
+        let norm1 = pending.map(Tensor::shallow_clone);
+        self.pending = Pending { norm1, norm2: Some(norm2), norm3: Some(norm3) };
+        output
     }
 
     /// What the block makes of a text; see [`CrossAttention::project`].
@@ -210,5 +269,21 @@ impl BasicTransformerBlock {
         }
         .f_add_(&attended)?;
         self.ff.forward(&self.norm3.forward(&attended)?)?.f_add_(&attended)
+    }
+
+    /// As [`Self::forward`], in place and without the output projections' biases, which [`Self::leave_biases`] has passed
+    /// on: each sum is part of a product. `hidden_states` lies in one piece.
+    pub fn accumulate(&self, hidden_states: &mut Tensor, text: Option<&KeyValue>) -> Result<(), TchError> {
+        let Pending { norm1, norm2, norm3 } = &self.pending;
+        let normalized = self.norm1.forward_pending(hidden_states, norm1.as_ref())?;
+        self.attn1.to_out.add_without_bias(hidden_states, &self.attn1.attended(&normalized)?)?;
+        let normalized = self.norm2.forward_pending(hidden_states, norm2.as_ref())?;
+        let attended = match text {
+            Some(text) => self.attn2.attended(&normalized, text)?,
+            None => self.attn2.attended(&normalized, &self.attn2.project(&normalized)?)?,
+        };
+        self.attn2.to_out.add_without_bias(hidden_states, &attended)?;
+        let normalized = self.norm3.forward_pending(hidden_states, norm3.as_ref())?;
+        self.ff.out.add_without_bias(hidden_states, &self.ff.gated(&normalized)?)
     }
 }

@@ -3,7 +3,8 @@
 
 use tch::{TchError, Tensor};
 
-use super::super::nn::{Conv2d, GroupNorm, Linear};
+use super::super::kernels::Kernels;
+use super::super::nn::{Conv2d, GroupNorm, Linear, PointwiseConv};
 use super::super::weights::Weights;
 
 /// What a residual block is made from.
@@ -27,25 +28,38 @@ pub struct ResnetBlock2D {
     time_emb_proj: Option<Linear>,
     norm2: GroupNorm,
     conv2: Conv2d,
-    conv_shortcut: Option<Conv2d>,
+    /// Where the second convolution's bias is left to the shortcut, it is in here.
+    conv_shortcut: Option<PointwiseConv>,
     output_scale_factor: f64,
+    kernels: Kernels,
 }
 
 impl ResnetBlock2D {
     /// A block from `in_channels` to `out_channels`.
     pub fn load(weights: &Weights<'_>, in_channels: i64, out_channels: i64, config: &ResnetConfig) -> Self {
         let ResnetConfig { temb_channels, groups, eps, output_scale_factor } = *config;
-        Self {
+        let mut block = Self {
             norm1: GroupNorm::load(&(weights / "norm1"), groups, in_channels, eps),
             conv1: Conv2d::load(&(weights / "conv1"), in_channels, out_channels, 3),
             time_emb_proj: temb_channels
                 .map(|temb_channels| Linear::load(&(weights / "time_emb_proj"), temb_channels, out_channels)),
             norm2: GroupNorm::load(&(weights / "norm2"), groups, out_channels, eps),
             conv2: Conv2d::load(&(weights / "conv2"), out_channels, out_channels, 3),
-            conv_shortcut: (in_channels != out_channels)
-                .then(|| Conv2d::load(&(weights / "conv_shortcut"), in_channels, out_channels, 1)),
+            conv_shortcut: None,
             output_scale_factor,
+            kernels: weights.kernels().clone(),
+        };
+        if in_channels != out_channels {
+            let weights = weights / "conv_shortcut";
+            let shortcut = PointwiseConv::load(&weights, in_channels, out_channels);
+            block.conv_shortcut = Some(match shortcut {
+                PointwiseConv::Product(product) if block.kernels.is_fused() => {
+                    PointwiseConv::Product(product.with_more_bias(&weights, block.conv2.bias()))
+                }
+                shortcut => shortcut,
+            });
         }
+        block
     }
 
     /// The bias of the first convolution with the time embedding in it: what is added to every pixel of a channel is a
@@ -63,12 +77,23 @@ impl ResnetBlock2D {
     /// one of [`Self::time_biases`]; `None` is without a time embedding.
     pub fn forward(&self, input: &Tensor, time_bias: Option<&Tensor>) -> Result<Tensor, TchError> {
         let time_bias = time_bias.unwrap_or_else(|| self.conv1.bias());
-        let hidden_states =
-            self.conv1.forward_with_bias(&self.norm1.forward(input)?.f_silu_()?, time_bias)?;
-        let mut hidden_states = self.conv2.forward(&self.norm2.forward(&hidden_states)?.f_silu_()?)?;
-        let mut output = match &self.conv_shortcut {
-            Some(conv_shortcut) => hidden_states.f_add_(&conv_shortcut.forward(input)?)?,
-            None => hidden_states.f_add_(input)?,
+        let normalized = self.norm1.forward_silu(input, None)?;
+        let mut output = if self.kernels.is_fused() {
+            // The biases come in where the next operation reads its input anyway.
+            let hidden_states = self.conv1.forward_without_bias(&normalized)?;
+            let normalized = self.norm2.forward_silu(&hidden_states, Some(time_bias))?;
+            let mut hidden_states = self.conv2.forward_without_bias(&normalized)?;
+            match &self.conv_shortcut {
+                Some(conv_shortcut) => hidden_states.f_add_(&conv_shortcut.forward(input)?)?,
+                None => self.kernels.add_bias_residual(hidden_states, self.conv2.bias(), input)?,
+            }
+        } else {
+            let hidden_states = self.conv1.forward_with_bias(&normalized, time_bias)?;
+            let mut hidden_states = self.conv2.forward(&self.norm2.forward_silu(&hidden_states, None)?)?;
+            match &self.conv_shortcut {
+                Some(conv_shortcut) => hidden_states.f_add_(&conv_shortcut.forward(input)?)?,
+                None => hidden_states.f_add_(input)?,
+            }
         };
         if self.output_scale_factor == 1.0 {
             return Ok(output);

@@ -2,6 +2,7 @@
 
 use tch::{TchError, Tensor};
 
+use super::super::kernels::Kernels;
 use super::super::nn::{GroupNorm, Linear};
 use super::super::weights::Weights;
 use super::attention::{BasicTransformerBlock, KeyValue};
@@ -31,7 +32,9 @@ pub struct Transformer2DModel {
     norm: GroupNorm,
     proj_in: Linear,
     transformer_blocks: Vec<BasicTransformerBlock>,
+    /// Where the blocks leave their biases to it, what it makes of them is in its own.
     proj_out: Linear,
+    kernels: Kernels,
 }
 
 impl Transformer2DModel {
@@ -47,7 +50,7 @@ impl Transformer2DModel {
             }
         };
         let blocks = weights / "transformer_blocks";
-        Self {
+        let mut transformer = Self {
             norm: GroupNorm::load(&(weights / "norm"), config.norm_num_groups, channels, GROUP_NORM_EPS),
             proj_in: projection("proj_in"),
             transformer_blocks: (0..config.num_layers)
@@ -61,7 +64,18 @@ impl Transformer2DModel {
                 })
                 .collect(),
             proj_out: projection("proj_out"),
+            kernels: weights.kernels().clone(),
+        };
+        if transformer.kernels.is_fused() {
+            let mut pending = None;
+            for (i, block) in transformer.transformer_blocks.iter_mut().enumerate() {
+                pending = Some(block.leave_biases(&(&blocks / i), pending.as_ref()));
+            }
+            if let Some(pending) = pending {
+                transformer.proj_out = transformer.proj_out.with_pending(&(weights / "proj_out"), &pending);
+            }
         }
+        transformer
     }
 
     /// What each block makes of `encoder_hidden_states` `(batch_size, text_length, cross_attention_dim)`.
@@ -78,7 +92,11 @@ impl Transformer2DModel {
             normalized.f_permute([0, 2, 3, 1])?.f_reshape([batch_size, height * width, channels])?;
         let mut sequence = self.proj_in.forward(&sequence)?;
         for (i, block) in self.transformer_blocks.iter().enumerate() {
-            sequence = block.forward(&sequence, text.get(i))?;
+            if self.kernels.is_fused() {
+                block.accumulate(&mut sequence, text.get(i))?;
+            } else {
+                sequence = block.forward(&sequence, text.get(i))?;
+            }
         }
         let projected = self.proj_out.forward(&sequence)?;
         let map = projected.f_view([batch_size, height, width, channels])?.f_permute([0, 3, 1, 2])?;

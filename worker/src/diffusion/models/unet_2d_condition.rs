@@ -207,7 +207,7 @@ impl UNet2DConditionModel {
             (Some(block), Some(time), Some(text)) => block.forward_last(deep, time, first, text)?,
             _ => deep.shallow_clone(),
         };
-        self.conv_out.forward(&self.conv_norm_out.forward(&hidden_states)?.f_silu_()?)
+        self.conv_out.forward(&self.conv_norm_out.forward_silu(&hidden_states, None)?)
     }
 
     /// Everything between [`Self::conv_in`] and [`Self::forward_outermost`].

@@ -75,6 +75,6 @@ impl Decoder {
         for block in &self.up_blocks {
             hidden_states = block.forward(&hidden_states)?;
         }
-        self.conv_out.forward(&self.conv_norm_out.forward(&hidden_states)?.f_silu_()?)
+        self.conv_out.forward(&self.conv_norm_out.forward_silu(&hidden_states, None)?)
     }
 }

@@ -12,6 +12,7 @@ use super::super::clip_tokenizer::CLIPTokenizer;
 use super::super::config::{ConfigFile, read_text};
 use super::super::device::{ComputeDevice, ComputeDtype};
 use super::super::drawn_weights::{DrawnTensor, DrawnWeights};
+use super::super::kernels::{KernelChoice, Kernels};
 use super::super::load_error::{Fault, LoadError};
 use super::super::models::autoencoder_kl::{AutoencoderKL, AutoencoderKLConfig};
 use super::super::models::clip_text_model::{CLIPTextConfig, CLIPTextModel};
@@ -29,6 +30,8 @@ pub struct LoadOptions {
     pub device: ComputeDevice,
     /// The precision of weights and activations.
     pub dtype: ComputeDtype,
+    /// What a GPU computes with.
+    pub kernels: KernelChoice,
 }
 
 /// Base name of the weights that diffusers saves (`SAFETENSORS_WEIGHTS_NAME` there).
@@ -77,6 +80,8 @@ struct Loading<'d> {
     directory: &'d Path,
     options: LoadOptions,
     source: WeightSource,
+    /// What the layers will compute with; libtorch's own operations until the device is open.
+    kernels: Kernels,
     /// The tensors of each component, if they are drawn.
     drawn: Vec<DrawnComponent>,
     faults: Vec<Fault>,
@@ -99,7 +104,11 @@ impl StableDiffusionPipeline {
     /// Writes the weights of [`Self::with_drawn_weights`] into `directory`, in f32, so that it becomes a checkpoint that
     /// every program can read. The VAE has its decoder only. The model is built once, on the CPU, to learn its names.
     pub fn save_drawn_weights(directory: &Path, seed: u64) -> Result<(), LoadError> {
-        let options = LoadOptions { device: ComputeDevice::Cpu, dtype: ComputeDtype::F32 };
+        let options = LoadOptions {
+            device: ComputeDevice::Cpu,
+            dtype: ComputeDtype::F32,
+            kernels: KernelChoice::Plain,
+        };
         let (_, drawn) = Loading::new(directory, options, WeightSource::Drawn(seed)).run()?;
         for DrawnComponent { component, stem, tensors } in drawn {
             let file = format!("{component}/{stem}.safetensors");
@@ -114,7 +123,8 @@ impl StableDiffusionPipeline {
 
 impl<'d> Loading<'d> {
     fn new(directory: &'d Path, options: LoadOptions, source: WeightSource) -> Self {
-        Self { directory, options, source, drawn: Vec::new(), faults: Vec::new() }
+        let kernels = Kernels::plain(false);
+        Self { directory, options, source, kernels, drawn: Vec::new(), faults: Vec::new() }
     }
 
     /// The pipeline, and what was drawn for it.
@@ -123,10 +133,11 @@ impl<'d> Loading<'d> {
         self.options.device.open().map_err(|error| failed(vec![error.into()]))?;
         let start = Instant::now();
         let _no_grad = tch::no_grad_guard();
+        self.kernels = Kernels::open(self.options.kernels, self.options.device, self.options.dtype);
         let pipeline = self.load();
         match pipeline {
             Some(pipeline) if self.faults.is_empty() => {
-                let LoadOptions { device, dtype } = self.options;
+                let LoadOptions { device, dtype, .. } = self.options;
                 let (checkpoint, seconds) = (self.directory.display(), start.elapsed().as_secs_f64());
                 tracing::info!(%checkpoint, %device, %dtype, seconds, "Loaded the checkpoint");
                 Ok((pipeline, self.drawn))
@@ -184,6 +195,7 @@ impl<'d> Loading<'d> {
             latent_channels: vae_config.latent_channels,
             vae_scale_factor: vae_config.vae_scale_factor(),
             options: self.options,
+            kernels: self.kernels.clone(),
         })
     }
 
@@ -294,7 +306,7 @@ impl<'d> Loading<'d> {
         config: Option<&C>,
         load: impl FnOnce(&Weights<'_>, &C) -> Result<M, TchError>,
     ) -> Option<M> {
-        let LoadOptions { device, dtype } = self.options;
+        let LoadOptions { device, dtype, .. } = self.options;
         let file = match self.source {
             WeightSource::Files => {
                 WeightFile::open(self.directory, component, stem, dtype, device.to_tch(), rename)
@@ -302,7 +314,7 @@ impl<'d> Loading<'d> {
             WeightSource::Drawn(seed) => Ok(WeightFile::drawn(component, seed, dtype, device.to_tch())),
         };
         let file = match file {
-            Ok(file) => file,
+            Ok(file) => file.with_kernels(self.kernels.clone()),
             Err(fault) => return self.note(vec![fault]),
         };
         let model = load(&file.root(), config?);

@@ -1,0 +1,49 @@
+// All kernels under the names that worker/src/diffusion/kernels/launch.rs asks for: OPERATION_DTYPE_xWIDTH.
+#include "group_norm.cuh"
+#include "layer_norm.cuh"
+#include "multistep.cuh"
+#include "pointwise.cuh"
+
+// A kernel: the most threads of a block, the function template that does its work, and its parameters. The tests compile
+// this file for the CPU, where KERNEL also notes how to unpack the arguments.
+#ifndef KERNEL
+#define KERNEL(NAME, THREADS, BODY, PARAMETERS, ARGUMENTS) \
+    extern "C" __global__ void __launch_bounds__(THREADS) NAME PARAMETERS { BODY ARGUMENTS; }
+#endif
+// Commas within a macro's argument.
+#define TEMPLATE(BODY, T, WIDTH) BODY<T, WIDTH>
+
+#define KERNELS(DTYPE, T, WIDTH)                                                                                              \
+    KERNEL(group_norm_stats_##DTYPE##_x##WIDTH, 1024, TEMPLATE(group_norm_stats, T, WIDTH),                                          \
+           (const T *input, const T *addend, float2 *partials, int pixels, int channels, int groups, int chunk,                \
+            int addend_stride),                                                                                                \
+           (input, addend, partials, pixels, channels, groups, chunk, addend_stride))                                          \
+    KERNEL(group_norm_apply_##DTYPE##_x##WIDTH, 1024, TEMPLATE(group_norm_apply, T, WIDTH),                                          \
+           (const T *input, const T *addend, const float2 *partials, const T *weight, const T *bias, T *output, int pixels,    \
+            int channels, int groups, int chunk, int addend_stride, float eps, int silu),                                      \
+           (input, addend, partials, weight, bias, output, pixels, channels, groups, chunk, addend_stride, eps, silu))         \
+    KERNEL(layer_norm_##DTYPE##_x##WIDTH, 256, TEMPLATE(layer_norm, T, WIDTH),                                                      \
+           (const T *input, const T *pending, const T *weight, const T *bias, T *output, int rows, int channels, float eps),   \
+           (input, pending, weight, bias, output, rows, channels, eps))                                                        \
+    KERNEL(geglu_##DTYPE##_x##WIDTH, 256, TEMPLATE(geglu, T, WIDTH),                                                                \
+           (const T *input, const T *bias, T *output, unsigned vectors, unsigned channels),                                    \
+           (input, bias, output, vectors, channels))                                                                           \
+    KERNEL(add_bias_residual_##DTYPE##_x##WIDTH, 256, TEMPLATE(add_bias_residual, T, WIDTH),                                        \
+           (T *sum, const T *bias, const T *residual, unsigned vectors, unsigned channels),                                    \
+           (sum, bias, residual, vectors, channels))
+
+#define MULTISTEP(DTYPE, T)                                                                                                   \
+    KERNEL(multistep_##DTYPE##_x1, 256, multistep<T>,                                                                               \
+           (const T *noise, const float *guidance, const float *table, const long long *step, float *latents, float *kept,     \
+            float *history, T *next, int cells, int rows),                                                                              \
+           (noise, guidance, table, step, latents, kept, history, next, cells, rows))
+
+KERNELS(f32, float, 4)
+KERNELS(f32, float, 1)
+KERNELS(f16, f16, 8)
+KERNELS(f16, f16, 1)
+KERNELS(bf16, bf16, 8)
+KERNELS(bf16, bf16, 1)
+MULTISTEP(f32, float)
+MULTISTEP(f16, f16)
+MULTISTEP(bf16, bf16)

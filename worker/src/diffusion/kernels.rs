@@ -1,0 +1,224 @@
+//! The few operations that our own CUDA kernels (`worker/kernels`) do in one pass where libtorch takes several: the seam
+//! between the layers and what computes for them.
+//!
+//! A layer asks [`Kernels`], which it got with its weights. With a launcher the operation is one or two launches; without
+//! one, and where a kernel does not take a shape or dtype, it is composed of libtorch's operations ([`plain`]). On the CPU
+//! there is no launcher. [`Kernels`] also says how feature maps lie in memory, since the kernels read channels_last.
+
+mod cubins;
+mod cuda;
+mod launch;
+mod multistep;
+mod operations;
+mod plain;
+mod self_check;
+
+use std::fmt;
+use std::str::FromStr;
+use std::sync::Arc;
+
+use tch::{TchError, Tensor};
+
+pub use self::cubins::{CUBINS, Cubin, MANIFEST};
+pub use self::launch::{Argument, Call, Kernel, Launch};
+pub use self::multistep::{HISTORY, Multistep, MultistepRow};
+pub use self::self_check::{SelfCheckError, self_check};
+use super::device::{ComputeDevice, ComputeDtype, DeviceError};
+
+/// Which operations a GPU computes with: parsed from `plain` or `fused`. Without a meaning on the CPU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum KernelChoice {
+    /// libtorch's alone.
+    Plain,
+    /// Our own kernels for what they take, where the GPU is of a kind that they were compiled for and they agree with
+    /// libtorch's operations on it.
+    #[default]
+    Fused,
+}
+
+impl fmt::Display for KernelChoice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Plain => "plain",
+            Self::Fused => "fused",
+        })
+    }
+}
+
+impl FromStr for KernelChoice {
+    type Err = DeviceError;
+
+    fn from_str(name: &str) -> Result<Self, Self::Err> {
+        match name {
+            "plain" => Ok(Self::Plain),
+            "fused" => Ok(Self::Fused),
+            _ => Err(DeviceError::UnknownKernels { name: name.to_owned() }),
+        }
+    }
+}
+
+/// A GroupNorm's parameters.
+#[derive(Debug, Clone, Copy)]
+pub struct GroupNormParameters<'t> {
+    /// `(channels)`.
+    pub weight: &'t Tensor,
+    /// `(channels)`.
+    pub bias: &'t Tensor,
+    /// Divides the channels.
+    pub num_groups: i64,
+    /// Added to the variance.
+    pub eps: f64,
+    /// Whether SiLU follows.
+    pub silu: bool,
+}
+
+/// A LayerNorm's parameters.
+#[derive(Debug, Clone, Copy)]
+pub struct LayerNormParameters<'t> {
+    /// `(channels)`.
+    pub weight: &'t Tensor,
+    /// `(channels)`.
+    pub bias: &'t Tensor,
+    /// Added to the variance.
+    pub eps: f64,
+}
+
+/// How layers compute, and how feature maps lie in memory. Cheap to clone; every layer has one.
+#[derive(Debug, Clone)]
+pub struct Kernels {
+    launcher: Option<Arc<dyn Launch>>,
+    is_channels_last: bool,
+}
+
+impl Kernels {
+    /// What a device computes with, for weights in `dtype`. Opens the kernels of a GPU and tries them out; where they
+    /// cannot be had, the log says so once and libtorch's operations do the work. The device is open already.
+    pub fn open(choice: KernelChoice, device: ComputeDevice, dtype: ComputeDtype) -> Self {
+        let ComputeDevice::Cuda(index) = device else { return Self::plain(false) };
+        if choice == KernelChoice::Plain {
+            return Self::plain(true);
+        }
+        let launcher = match cuda::CudaKernels::open(index) {
+            Ok(launcher) => launcher,
+            Err(error) => {
+                tracing::warn!(%device, %error, "Our own kernels cannot be used, libtorch's do their work");
+                return Self::plain(true);
+            }
+        };
+        let kernels = Self::fused(launcher);
+        match self_check(&kernels, dtype) {
+            Ok(()) => kernels,
+            Err(error) => {
+                tracing::error!(%device, %dtype, %error, "Our own kernels are not used, libtorch's do their work");
+                Self::plain(true)
+            }
+        }
+    }
+
+    /// libtorch's operations alone.
+    pub fn plain(is_channels_last: bool) -> Self {
+        Self { launcher: None, is_channels_last }
+    }
+
+    /// Our own kernels, where they take what a layer has.
+    pub fn fused(launcher: Arc<dyn Launch>) -> Self {
+        Self { launcher: Some(launcher), is_channels_last: true }
+    }
+
+    /// Whether layers should leave to a later operation what the fused ones take along, such as a bias.
+    pub fn is_fused(&self) -> bool {
+        self.launcher.is_some()
+    }
+
+    /// Whether the channels of a pixel are side by side in feature maps and in the weights of convolutions.
+    pub fn is_channels_last(&self) -> bool {
+        self.is_channels_last
+    }
+
+    /// The tensor `(_, channels, height, width)` as it lies in memory here.
+    pub fn lay_out(&self, tensor: &Tensor) -> Result<Tensor, TchError> {
+        if !self.is_channels_last {
+            return Ok(tensor.shallow_clone());
+        }
+        from_pixels(&pixels(tensor)?.f_contiguous()?)
+    }
+
+    /// GroupNorm of `input` plus `addend` over `(batch_size, channels, …)`, to the same shape. `addend` is
+    /// `(channels)` or `(batch_size, channels)` and the same for all pixels.
+    pub fn group_norm(
+        &self,
+        input: &Tensor,
+        addend: Option<&Tensor>,
+        parameters: &GroupNormParameters<'_>,
+    ) -> Result<Tensor, TchError> {
+        if let Some(launcher) = &self.launcher
+            && let Some(output) = operations::group_norm(launcher.as_ref(), input, addend, parameters)?
+        {
+            return Ok(output);
+        }
+        plain::group_norm(input, addend, parameters)
+    }
+
+    /// LayerNorm of `input` plus `pending` over the last dimension of `(…, channels)`, to the same shape. `pending` is
+    /// `(channels)`.
+    pub fn layer_norm(
+        &self,
+        input: &Tensor,
+        pending: Option<&Tensor>,
+        parameters: &LayerNormParameters<'_>,
+    ) -> Result<Tensor, TchError> {
+        if let Some(launcher) = &self.launcher
+            && let Some(output) = operations::layer_norm(launcher.as_ref(), input, pending, parameters)?
+        {
+            return Ok(output);
+        }
+        plain::layer_norm(input, pending, parameters)
+    }
+
+    /// GEGLU of `input` plus `bias`: `(…, 2 * channels)` to `(…, channels)`, the first half times the exact GELU of the
+    /// second. `bias` is `(2 * channels)`.
+    pub fn geglu(&self, input: &Tensor, bias: Option<&Tensor>) -> Result<Tensor, TchError> {
+        if let Some(launcher) = &self.launcher
+            && let Some(output) = operations::geglu(launcher.as_ref(), input, bias)?
+        {
+            return Ok(output);
+        }
+        plain::geglu(input, bias)
+    }
+
+    /// `sum` plus `bias` `(channels)` plus `residual`, both feature maps `(batch_size, channels, height, width)`. May
+    /// overwrite `sum`.
+    pub fn add_bias_residual(
+        &self,
+        sum: Tensor,
+        bias: &Tensor,
+        residual: &Tensor,
+    ) -> Result<Tensor, TchError> {
+        if let Some(launcher) = &self.launcher
+            && let Some(output) = operations::add_bias_residual(launcher.as_ref(), &sum, bias, residual)?
+        {
+            return Ok(output);
+        }
+        plain::add_bias_residual(sum, bias, residual)
+    }
+}
+
+impl fmt::Display for Kernels {
+    /// `plain`, or `fused` and what the kernels were compiled for.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.launcher {
+            Some(launcher) => write!(f, "{} {}", KernelChoice::Fused, launcher.architecture()),
+            None => KernelChoice::Plain.fmt(f),
+        }
+    }
+}
+
+/// A feature map `(batch_size, channels, height, width)` by pixels, `(batch_size, height, width, channels)`; a view.
+pub(super) fn pixels(map: &Tensor) -> Result<Tensor, TchError> {
+    map.f_permute([0, 2, 3, 1])
+}
+
+/// The reverse of [`pixels`].
+pub(super) fn from_pixels(pixels: &Tensor) -> Result<Tensor, TchError> {
+    pixels.f_permute([0, 3, 1, 2])
+}

@@ -1,0 +1,106 @@
+//! Tries the kernels out against libtorch's own operations, on small tensors, before a model relies on them: a GPU or a
+//! driver that computes something else with them must not make pictures.
+
+use tch::{Device, Kind, TchError, Tensor};
+
+use super::multistep::{Multistep, MultistepRow};
+use super::{GroupNormParameters, Kernels, LayerNormParameters, plain};
+use crate::diffusion::device::ComputeDtype;
+
+/// Why kernels are not to be trusted.
+#[derive(Debug, thiserror::Error)]
+pub enum SelfCheckError {
+    /// Too far from what libtorch computes.
+    #[error("`{operation}` differs from libtorch's by {difference:e} of the largest value")]
+    Differs {
+        /// What was computed.
+        operation: &'static str,
+        /// The largest difference, by the largest value.
+        difference: f64,
+    },
+    /// Not even computed.
+    #[error(transparent)]
+    Tensor(#[from] TchError),
+}
+
+/// How far a result may be from that of f32 arithmetic on the same numbers, of the largest value: a few roundings.
+fn tolerance(dtype: ComputeDtype) -> f64 {
+    match dtype {
+        ComputeDtype::F32 => 1e-5,
+        ComputeDtype::F16 => 2e-3,
+        ComputeDtype::Bf16 => 1.6e-2,
+    }
+}
+
+/// Values from -1.5 to 2.5 that look random, the same on every device.
+fn values(size: &[i64], seed: f64, kind: Kind, device: Device) -> Result<Tensor, TchError> {
+    let count = size.iter().product::<i64>();
+    let angles = Tensor::f_arange(count, (Kind::Double, Device::Cpu))?.f_mul_scalar(12.9898 + seed)?;
+    let values = angles.f_sin()?.f_mul_scalar(43.7585)?.f_sin()?.f_mul_scalar(2.0)?.f_add_scalar(0.5)?;
+    values.f_to_kind(kind)?.f_to_device(device)?.f_view(size)
+}
+
+/// Compares every operation with libtorch's, for tensors of `dtype` where the launcher computes. Without a launcher there
+/// is nothing to compare.
+pub fn self_check(kernels: &Kernels, dtype: ComputeDtype) -> Result<(), SelfCheckError> {
+    let Some(launcher) = &kernels.launcher else { return Ok(()) };
+    let _no_grad = tch::no_grad_guard();
+    let values = |size: &[i64], seed| values(size, seed, dtype.to_tch(), launcher.device());
+    let float = |tensor: &Tensor| tensor.f_to_kind(Kind::Float);
+    let compare = |operation, actual: &Tensor, expected: &Tensor| -> Result<(), SelfCheckError> {
+        let off = float(actual)?.f_sub(expected)?.f_abs()?.f_max()?.f_double_value(&[])?;
+        let difference = off / expected.f_abs()?.f_max()?.f_double_value(&[])?;
+        // So written that a NaN fails.
+        if difference <= tolerance(dtype) {
+            Ok(())
+        } else {
+            Err(SelfCheckError::Differs { operation, difference })
+        }
+    };
+
+    // Groups of 10 channels, as at the UNet's widest resolution, do not end where 16 bytes do.
+    let map = kernels.lay_out(&values(&[2, 320, 9, 7], 0.0)?)?;
+    let residual = kernels.lay_out(&values(&[2, 320, 9, 7], 0.1)?)?;
+    let (weight, bias, addend) = (values(&[320], 0.2)?, values(&[320], 0.3)?, values(&[320], 0.4)?);
+    let (wide_weight, wide_bias) = (float(&weight)?, float(&bias)?);
+    let norm = GroupNormParameters { weight: &weight, bias: &bias, num_groups: 32, eps: 1e-5, silu: true };
+    let expected = GroupNormParameters { weight: &wide_weight, bias: &wide_bias, ..norm };
+    let expected = plain::group_norm(&float(&map)?, Some(&float(&addend)?), &expected)?;
+    compare("group_norm", &kernels.group_norm(&map, Some(&addend), &norm)?, &expected)?;
+
+    let rows = values(&[3, 5, 320], 0.5)?;
+    let norm = LayerNormParameters { weight: &weight, bias: &bias, eps: 1e-5 };
+    let expected = LayerNormParameters { weight: &wide_weight, bias: &wide_bias, ..norm };
+    let expected = plain::layer_norm(&float(&rows)?, Some(&float(&addend)?), &expected)?;
+    compare("layer_norm", &kernels.layer_norm(&rows, Some(&addend), &norm)?, &expected)?;
+
+    let half = values(&[160], 0.6)?;
+    let halves = Tensor::f_cat(&[&half, &half], 0)?;
+    let expected = plain::geglu(&float(&rows)?, Some(&float(&halves)?))?;
+    compare("geglu", &kernels.geglu(&rows, Some(&halves))?, &expected)?;
+
+    let expected = plain::add_bias_residual(float(&map)?.f_mul_scalar(1.0)?, &wide_bias, &float(&residual)?)?;
+    compare("add_bias_residual", &kernels.add_bias_residual(map, &bias, &residual)?, &expected)?;
+
+    let noise = values(&[4, 4, 3, 5], 0.7)?;
+    let latents = float(&values(&[2, 4, 3, 5], 0.8)?)?;
+    let guidance = float(&values(&[2], 0.9)?)?;
+    let row = MultistepRow {
+        of_latents: 0.9,
+        of_kept: 0.0,
+        of_output: -0.5,
+        of_history: [0.0; 3],
+        place: Some(1),
+        keeps: true,
+    };
+    let second =
+        MultistepRow { of_kept: 0.3, of_history: [0.0, 0.25, 0.0], place: None, keeps: false, ..row };
+    let stepped = |kernels: &Kernels| -> Result<Tensor, TchError> {
+        let mut multistep = Multistep::start(kernels, &[row, second], &latents)?;
+        let mut next = noise.f_empty_like()?;
+        multistep.step(&noise, Some(&guidance), &mut next)?;
+        multistep.step(&noise, Some(&guidance), &mut next)?;
+        multistep.latents().f_add(&float(&next)?.f_narrow(0, 2, 2)?)
+    };
+    compare("multistep", &stepped(kernels)?, &stepped(&Kernels::plain(true))?)
+}
