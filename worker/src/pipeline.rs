@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use schema::ValidJobSpec;
+use serde::{Deserialize, Serialize};
 
 use crate::control::Control;
 
@@ -45,6 +46,23 @@ pub struct GeneratedImage {
     pub prompt_truncated: bool,
     /// What it was computed in: the pipeline's dtype, or `f32` where that gave numbers that are not finite.
     pub dtype: String,
+    /// What it was computed on, where its last bits depend on that.
+    pub engine: Option<EngineFingerprint>,
+}
+
+/// What the last bits of a GPU's picture depend on besides spec, weights and dtype: with the same here, they are the same.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EngineFingerprint {
+    /// The GPU's model.
+    pub gpu: String,
+    /// Its driver's version.
+    pub driver: String,
+    /// libtorch's version.
+    pub torch: String,
+    /// cuDNN's version.
+    pub cudnn: String,
+    /// Pictures that were computed at once, made-up ones included.
+    pub batch_size: usize,
 }
 
 /// What became of one picture of a call.

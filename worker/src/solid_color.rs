@@ -95,5 +95,6 @@ fn plain(spec: &ValidJobSpec) -> GeneratedImage {
         special_care_scores: Vec::new(),
         prompt_truncated: false,
         dtype: "f32".to_owned(),
+        engine: None,
     }
 }

@@ -11,12 +11,15 @@ use crate::control::{Control, Verdict};
 use crate::diffusion::pipeline_stable_diffusion::{NoiseKind, StageSeconds};
 use crate::diffusion::rng::RngError;
 use crate::diffusion::schedulers::SchedulerError;
+use crate::diffusion::cuda::Gpu;
+use crate::diffusion::device::TORCH_VERSION;
 use crate::diffusion::{
-    self, ComputeDevice, ComputeDtype, GenerationParameters, ImageError, ImageRequest, LoadOptions, Recipe,
-    SchedulerKind, StepControl, StepProgress,
+    self, BatchSize, Batching, ComputeDevice, ComputeDtype, GenerationParameters, ImageError, ImageRequest,
+    LoadOptions, Recipe, SchedulerKind, StepControl, StepProgress,
 };
 use crate::pipeline::{
-    Generated, GeneratedImage, PictureOutcome, Pipeline, PipelineError, PipelineIdentity, StageTimes,
+    EngineFingerprint, Generated, GeneratedImage, PictureOutcome, Pipeline, PipelineError, PipelineIdentity,
+    StageTimes,
 };
 
 /// The pipeline's name in settings, rows and logs.
@@ -34,11 +37,23 @@ pub struct StableDiffusionPipeline {
     model: diffusion::StableDiffusionPipeline,
     identity: PipelineIdentity,
     folder: PathBuf,
+    /// What computes, where bits depend on it; the batch size is each call's.
+    fingerprint: Option<EngineFingerprint>,
 }
 
 impl StableDiffusionPipeline {
     /// Loads a checkpoint's folder. To be called before anything else uses libtorch, on the thread that will own it.
     pub fn load(folder: &Path, device: ComputeDevice, dtype: ComputeDtype) -> Result<Self, PipelineError> {
+        Self::load_batching(folder, device, dtype, Batching::of(device))
+    }
+
+    /// As [`Self::load`], with a say in how pictures of a call are computed.
+    pub fn load_batching(
+        folder: &Path,
+        device: ComputeDevice,
+        dtype: ComputeDtype,
+        batching: Batching,
+    ) -> Result<Self, PipelineError> {
         device.open().map_err(|error| PipelineError::Device { source: Arc::new(error) })?;
         let options = LoadOptions { device, dtype };
         let model = diffusion::StableDiffusionPipeline::from_pretrained(folder, &options)
@@ -49,7 +64,37 @@ impl StableDiffusionPipeline {
             dtype: dtype.to_string(),
             noise_dtype: NoiseKind::of(dtype).to_string(),
         };
-        Ok(Self { model, identity, folder: folder.to_owned() })
+        model.set_batching(batching);
+        Ok(Self { model, identity, folder: folder.to_owned(), fingerprint: fingerprint(device) })
+    }
+
+    /// One call, in a smaller batch where made-up pictures were too much for the memory: they must not cost real ones their
+    /// place.
+    fn generate_in_memory(
+        &self,
+        requests: &[ImageRequest],
+        parameters: &GenerationParameters,
+        control: &mut Control,
+    ) -> Result<diffusion::Generation, PipelineError> {
+        loop {
+            let generation = self.model.generate(requests, parameters, &mut |progress| {
+                step_control(progress, control.after_step(progress.step_index + 1, progress.num_steps))
+            });
+            let batching = self.model.batching();
+            let error = match generation {
+                Ok(generation) => return Ok(generation),
+                Err(diffusion::PipelineError::Stopped { .. }) => return Ok(stopped(requests.len())),
+                Err(error) => classify(error, requests.len()),
+            };
+            match (&error, batching.size) {
+                (PipelineError::OutOfMemory { .. }, BatchSize::Padded(size)) if size > requests.len() => {
+                    let size = (size / 2).max(requests.len());
+                    warn!(batch.size = size, "Out of memory; from now on batches are filled up to {size} only");
+                    self.model.set_batching(Batching { size: BatchSize::Padded(size), ..batching });
+                }
+                _ => return Err(error),
+            }
+        }
     }
 
     /// Draws once more, in f32, what gave numbers that are not finite in half precision: its range is the usual reason. The
@@ -89,7 +134,11 @@ impl StableDiffusionPipeline {
             });
             *picture = match generation {
                 Ok(mut generation) => match generation.images.pop() {
-                    Some(image) => outcome(image, ComputeDtype::F32),
+                    Some(image) => {
+                        let fingerprint = self.fingerprint.clone();
+                        let fingerprint = fingerprint.map(|engine| EngineFingerprint { batch_size: 1, ..engine });
+                        outcome(image, ComputeDtype::F32, fingerprint.as_ref())
+                    }
                     None => continue,
                 },
                 Err(diffusion::PipelineError::Stopped { .. }) => PictureOutcome::Dropped,
@@ -110,24 +159,37 @@ impl Pipeline for StableDiffusionPipeline {
         control: &mut Control,
     ) -> Result<Generated, PipelineError> {
         let requests: Vec<ImageRequest> = specs.iter().map(|spec| request(spec)).collect();
-        let generation = self.model.generate(&requests, &parameters(specs[0]), &mut |progress| {
-            step_control(progress, control.after_step(progress.step_index + 1, progress.num_steps))
-        });
-        match generation {
-            Ok(generation) => {
-                let dtype = self.model.options().dtype;
-                let images = generation.images.into_iter();
-                let mut pictures: Vec<_> = images.map(|image| outcome(image, dtype)).collect();
-                self.retry_in_f32(specs, &mut pictures, control);
-                Ok(Generated { pictures, times: times(generation.seconds) })
-            }
-            Err(diffusion::PipelineError::Stopped { .. }) => {
-                let pictures = specs.iter().map(|_| PictureOutcome::Dropped).collect();
-                Ok(Generated { pictures, times: StageTimes::default() })
-            }
-            Err(error) => Err(classify(error, specs.len())),
-        }
+        let generation = self.generate_in_memory(&requests, &parameters(specs[0]), control)?;
+        let dtype = self.model.options().dtype;
+        let fingerprint = self.fingerprint.clone();
+        let fingerprint = fingerprint.map(|engine| EngineFingerprint { batch_size: generation.batch_size, ..engine });
+        let images = generation.images.into_iter();
+        let mut pictures: Vec<_> = images.map(|image| outcome(image, dtype, fingerprint.as_ref())).collect();
+        self.retry_in_f32(specs, &mut pictures, control);
+        Ok(Generated { pictures, times: times(generation.seconds) })
     }
+}
+
+/// The answer to a call that was stopped.
+fn stopped(num_pictures: usize) -> diffusion::Generation {
+    let dropped = |_| Err(ImageError::Dropped { step_index: 0 });
+    diffusion::Generation {
+        images: (0..num_pictures).map(dropped).collect(),
+        seconds: StageSeconds::default(),
+        batch_size: 0,
+        replayed_steps: 0,
+    }
+}
+
+/// What computes on a GPU. On the CPU a picture has the same bits everywhere, so there is nothing to tell.
+fn fingerprint(device: ComputeDevice) -> Option<EngineFingerprint> {
+    let ComputeDevice::Cuda(index) = device else { return None };
+    let unknown = || "unknown".to_owned();
+    let (gpu, driver, cudnn) = match Gpu::describe(index) {
+        Ok(Gpu { name, driver, cudnn }) => (name, driver, cudnn),
+        Err(_) => (unknown(), unknown(), unknown()),
+    };
+    Some(EngineFingerprint { gpu, driver, torch: TORCH_VERSION.to_owned(), cudnn, batch_size: 0 })
 }
 
 fn request(spec: &ValidJobSpec) -> ImageRequest {
@@ -176,7 +238,11 @@ fn step_control(progress: &StepProgress<'_>, verdict: Verdict<'_>) -> StepContro
     }
 }
 
-fn outcome(image: Result<diffusion::GeneratedImage, ImageError>, dtype: ComputeDtype) -> PictureOutcome {
+fn outcome(
+    image: Result<diffusion::GeneratedImage, ImageError>,
+    dtype: ComputeDtype,
+    engine: Option<&EngineFingerprint>,
+) -> PictureOutcome {
     match image {
         Ok(image) => {
             let safety = image.safety;
@@ -192,6 +258,7 @@ fn outcome(image: Result<diffusion::GeneratedImage, ImageError>, dtype: ComputeD
                 special_care_scores: safety.map(|verdict| verdict.special_care_scores).unwrap_or_default(),
                 prompt_truncated: image.truncated_prompt.is_some(),
                 dtype: dtype.to_string(),
+                engine: engine.cloned(),
             })
         }
         Err(ImageError::Dropped { .. }) => PictureOutcome::Dropped,

@@ -167,8 +167,10 @@ async fn pipeline_loader(config: &Config, model: Model) -> Result<PipelineLoader
             let verified = folder.clone();
             let verify = tokio::task::spawn_blocking(move || model_files::verify(&model, &verified));
             verify.await.context("checking the model's files died")??;
-            let (device, dtype) = (config.device, config.dtype);
-            Ok(Box::new(move || Ok(Box::new(StableDiffusionPipeline::load(&folder, device, dtype)?))))
+            let (device, dtype, batching) = (config.device, config.dtype, config.batching()?);
+            Ok(Box::new(move || {
+                Ok(Box::new(StableDiffusionPipeline::load_batching(&folder, device, dtype, batching)?))
+            }))
         }
     }
 }

@@ -35,6 +35,7 @@ mod ddim;
 mod dpmsolver_multistep;
 mod euler_ancestral_discrete;
 mod euler_discrete;
+mod linear;
 mod lms_discrete;
 mod noise_schedule;
 mod pndm;
@@ -43,6 +44,7 @@ mod spacing;
 mod unipc_multistep;
 
 pub use config::SchedulerConfig;
+pub use linear::{LinearStep, LinearSteps};
 
 /// Why a noise scheduler could not be built or could not step.
 #[derive(Debug, thiserror::Error)]
@@ -116,6 +118,11 @@ pub trait Scheduler {
         sample: &Tensor,
         generators: &mut [Generator],
     ) -> Result<Tensor, SchedulerError>;
+
+    /// All steps as sums with numbers known ahead, for a scheduler that has taken none yet; `None` if they are not written so.
+    fn linear_steps(&self) -> Result<Option<LinearSteps>, SchedulerError> {
+        Ok(None)
+    }
 
     /// `original_samples` with `noise` added as strong as at this step; all of one shape and dtype.
     fn add_noise(

@@ -71,6 +71,7 @@ pub fn picture(spec: &ValidJobSpec) -> GeneratedImage {
         special_care_scores: vec![],
         prompt_truncated: false,
         dtype: "f32".to_owned(),
+        engine: None,
     }
 }
 
