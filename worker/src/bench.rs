@@ -90,7 +90,13 @@ pub struct BenchArgs {
     #[arg(long, value_name = "FILE")]
     pub outputs: Option<PathBuf>,
     /// What a denoising step is launched as: `on` is as one CUDA graph, on a GPU; with `off,on` calls take turns.
-    #[arg(long, value_delimiter = ',', default_value = "off", value_name = "on|off,…", hide_possible_values = true)]
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "off",
+        value_name = "on|off,…",
+        hide_possible_values = true
+    )]
     pub graph: Vec<Switch>,
     /// Compute so many pictures at once, the missing ones made up. 0 makes nothing up.
     #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u16).range(0..=1024))]
@@ -165,9 +171,12 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
             }
             let flops = report.set_size(&parameters)?;
             let measured = measure(args, &benches, &mut report)?;
-            report.runs.extend(benches.iter().zip(&measured).map(|(bench, calls)| {
-                Run::new(bench, calls, flops, load_seconds, args.peak_tflops)
-            }));
+            report.runs.extend(
+                benches
+                    .iter()
+                    .zip(&measured)
+                    .map(|(bench, calls)| Run::new(bench, calls, flops, load_seconds, args.peak_tflops)),
+            );
         }
     }
     print(&if args.json { serde_json::to_string(&report)? } else { report.to_table() })
@@ -196,11 +205,7 @@ fn parameters(args: &BenchArgs, pipeline: &StableDiffusionPipeline) -> Generatio
 }
 
 /// Warms each up, then measures all in turn: the calls of each. The report is told of the very first call.
-fn measure(
-    args: &BenchArgs,
-    benches: &[Bench<'_>],
-    report: &mut Report,
-) -> anyhow::Result<Vec<Vec<Call>>> {
+fn measure(args: &BenchArgs, benches: &[Bench<'_>], report: &mut Report) -> anyhow::Result<Vec<Vec<Call>>> {
     let mut first = report.runs.is_empty();
     for bench in benches {
         let mut last = None;

@@ -85,7 +85,13 @@ pub struct Config {
           value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub max_microbatch: u16,
     /// On a GPU, launch a denoising step as one CUDA graph, where it can be. Not measured yet, so off by itself.
-    #[arg(long, env = "DARKROOM_GRAPH", value_name = "on|off", default_value = "off", hide_possible_values = true)]
+    #[arg(
+        long,
+        env = "DARKROOM_GRAPH",
+        value_name = "on|off",
+        default_value = "off",
+        hide_possible_values = true
+    )]
     pub graph: Switch,
     /// Compute so many pictures at once, the missing ones made up, so that a picture's last bits do not depend on its company;
     /// at least --max-microbatch, or 0 to make nothing up [default: --max-microbatch on a GPU; a CPU, which computes each
@@ -224,7 +230,8 @@ mod tests {
         let size = |more: &[&str]| {
             let arguments = ["darkroom-worker", "run", "--model", "demo", "--database-url", "a"];
             let rest = ["--amqp-url", "b", "--s3-bucket", "c", "--max-microbatch", "8"];
-            let cli = Cli::try_parse_from(arguments.iter().chain(&rest).chain(more)).expect("these are enough");
+            let cli =
+                Cli::try_parse_from(arguments.iter().chain(&rest).chain(more)).expect("these are enough");
             let Command::Run(config) = cli.command else { panic!("another command") };
             config.batching().map(|batching| batching.size)
         };

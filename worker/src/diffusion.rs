@@ -61,8 +61,9 @@ pub mod weights;
 pub use device::{ComputeDevice, ComputeDtype, DeviceError};
 pub use load_error::LoadError;
 pub use pipeline_stable_diffusion::{
-    BatchSize, Batching, GeneratedImage, Generation, GenerationParameters, ImageError, ImageRequest, LoadOptions, NoiseKind,
-    PipelineError, Recipe, StableDiffusionPipeline, Stage, StageSeconds, StepControl, StepProgress,
+    BatchSize, Batching, GeneratedImage, Generation, GenerationParameters, ImageError, ImageRequest,
+    LoadOptions, NoiseKind, PipelineError, Recipe, StableDiffusionPipeline, Stage, StageSeconds, StepControl,
+    StepProgress,
 };
 pub use safety_checker::SafetyVerdict;
 pub use schedulers::SchedulerKind;

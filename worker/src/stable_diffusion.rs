@@ -8,11 +8,11 @@ use schema::{NoiseScheduler, ValidJobSpec};
 use tracing::warn;
 
 use crate::control::{Control, Verdict};
+use crate::diffusion::cuda::Gpu;
+use crate::diffusion::device::TORCH_VERSION;
 use crate::diffusion::pipeline_stable_diffusion::{NoiseKind, StageSeconds};
 use crate::diffusion::rng::RngError;
 use crate::diffusion::schedulers::SchedulerError;
-use crate::diffusion::cuda::Gpu;
-use crate::diffusion::device::TORCH_VERSION;
 use crate::diffusion::{
     self, BatchSize, Batching, ComputeDevice, ComputeDtype, GenerationParameters, ImageError, ImageRequest,
     LoadOptions, Recipe, SchedulerKind, StepControl, StepProgress,
@@ -89,7 +89,10 @@ impl StableDiffusionPipeline {
             match (&error, batching.size) {
                 (PipelineError::OutOfMemory { .. }, BatchSize::Padded(size)) if size > requests.len() => {
                     let size = (size / 2).max(requests.len());
-                    warn!(batch.size = size, "Out of memory; from now on batches are filled up to {size} only");
+                    warn!(
+                        batch.size = size,
+                        "Out of memory; from now on batches are filled up to {size} only"
+                    );
                     self.model.set_batching(Batching { size: BatchSize::Padded(size), ..batching });
                 }
                 _ => return Err(error),
@@ -136,7 +139,8 @@ impl StableDiffusionPipeline {
                 Ok(mut generation) => match generation.images.pop() {
                     Some(image) => {
                         let fingerprint = self.fingerprint.clone();
-                        let fingerprint = fingerprint.map(|engine| EngineFingerprint { batch_size: 1, ..engine });
+                        let fingerprint =
+                            fingerprint.map(|engine| EngineFingerprint { batch_size: 1, ..engine });
                         outcome(image, ComputeDtype::F32, fingerprint.as_ref())
                     }
                     None => continue,
@@ -162,7 +166,8 @@ impl Pipeline for StableDiffusionPipeline {
         let generation = self.generate_in_memory(&requests, &parameters(specs[0]), control)?;
         let dtype = self.model.options().dtype;
         let fingerprint = self.fingerprint.clone();
-        let fingerprint = fingerprint.map(|engine| EngineFingerprint { batch_size: generation.batch_size, ..engine });
+        let fingerprint =
+            fingerprint.map(|engine| EngineFingerprint { batch_size: generation.batch_size, ..engine });
         let images = generation.images.into_iter();
         let mut pictures: Vec<_> = images.map(|image| outcome(image, dtype, fingerprint.as_ref())).collect();
         self.retry_in_f32(specs, &mut pictures, control);

@@ -80,7 +80,8 @@ fn graphs_take_turns_and_a_batch_is_filled_up() {
     let tiny = ["--size", "tiny", "--json", "--repeats", "1", "--warmup", "0"];
     let alone = bench(&tiny).arg("--outputs").arg(&outputs).output().unwrap();
     assert_eq!(json(&succeeded(&alone))["difference_from_reference"], Value::Null);
-    let padded = bench(&tiny).args(["--graph", "off,on", "--pad-batch", "3", "--reference"]).arg(&outputs).output();
+    let padded =
+        bench(&tiny).args(["--graph", "off,on", "--pad-batch", "3", "--reference"]).arg(&outputs).output();
     let report = json(&succeeded(&padded.unwrap()));
     let difference = report["difference_from_reference"].as_f64().unwrap();
     assert!(difference > 0.0 && difference < 1e-4, "{difference:e}");

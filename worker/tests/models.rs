@@ -218,7 +218,10 @@ fn two_texts_for_one_sample_are_as_two_samples() {
             let twice = Tensor::cat(&[sample, sample], 0);
             let (once, deep_once) = unet.forward_and_keep(sample, time, &text).unwrap();
             let (apart, deep_apart) = unet.forward_and_keep(&twice, time, &text).unwrap();
-            assert!(max_difference(&apart.get(0), &apart.get(1)) > 1e-3, "the texts should make a difference");
+            assert!(
+                max_difference(&apart.get(0), &apart.get(1)) > 1e-3,
+                "the texts should make a difference"
+            );
             assert_close(&format!("{checkpoint} {size}"), &once, &apart);
             assert_close(&format!("{checkpoint} {size}, inner layers"), &deep_once, &deep_apart);
             let cached = |sample: &Tensor| unet.forward_cached(sample, &deep_apart, time, &text).unwrap();

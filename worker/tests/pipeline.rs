@@ -10,8 +10,9 @@ use golden::{CHECKPOINTS, F32, assert_close, golden as golden_path, max_differen
 use serde::Deserialize;
 use tch::{Kind, Tensor};
 use worker::diffusion::{
-    BatchSize, Batching, ComputeDtype, GeneratedImage, Generation, GenerationParameters, ImageError, ImageRequest, LoadOptions,
-    NoiseKind, PipelineError, Recipe, SchedulerKind, StableDiffusionPipeline, StepControl, StepProgress,
+    BatchSize, Batching, ComputeDtype, GeneratedImage, Generation, GenerationParameters, ImageError,
+    ImageRequest, LoadOptions, NoiseKind, PipelineError, Recipe, SchedulerKind, StableDiffusionPipeline,
+    StepControl, StepProgress,
 };
 
 /// A run of diffusers, in `<checkpoint>-stages/pipeline.json`.

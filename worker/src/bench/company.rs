@@ -59,7 +59,8 @@ pub fn check(bench: &mut Bench<'_>) -> anyhow::Result<CompanyReport> {
         requests[place] = job.clone();
         let call = one_call(bench, requests)?;
         let bits = call.bits_of(place);
-        neighbors_differ &= (0..batch_size).filter(|&other| other != place).all(|other| call.bits_of(other) != bits);
+        neighbors_differ &=
+            (0..batch_size).filter(|&other| other != place).all(|other| call.bits_of(other) != bits);
         match &first {
             None => first = Some(bits),
             Some(first) if *first != bits => places_that_differ.push(place),

@@ -157,8 +157,12 @@ impl Call {
     /// The bits of one picture: its final latents and its pixels.
     pub fn bits_of(&self, picture: usize) -> (Vec<u32>, Vec<u8>) {
         let Outputs { latents, pixels, latents_shape, .. } = &self.outputs;
-        let part = |length: usize| length / latents_shape[0] * picture..length / latents_shape[0] * (picture + 1);
-        (latents[part(latents.len())].iter().map(|number| number.to_bits()).collect(), pixels[part(pixels.len())].to_vec())
+        let part =
+            |length: usize| length / latents_shape[0] * picture..length / latents_shape[0] * (picture + 1);
+        (
+            latents[part(latents.len())].iter().map(|number| number.to_bits()).collect(),
+            pixels[part(pixels.len())].to_vec(),
+        )
     }
 
     /// How far the final latents are from those that [`Self::write_outputs`] wrote: the largest difference by their largest
@@ -174,9 +178,12 @@ impl Call {
         let largest = reference.iter().fold(0.0, |largest: f64, number| largest.max(f64::from(number.abs())));
         let difference = |(ours, theirs): (&f32, &f32)| f64::from(ours - theirs).abs();
         // `max` would pass over what is not a number.
-        Ok(latents.iter().zip(&reference).map(difference).fold(0.0, |worst: f64, one| {
-            if one.is_nan() || one > worst { one } else { worst }
-        }) / largest)
+        Ok(latents
+            .iter()
+            .zip(&reference)
+            .map(difference)
+            .fold(0.0, |worst: f64, one| if one.is_nan() || one > worst { one } else { worst })
+            / largest)
     }
 
     /// Writes the final latents and the pixels for another program to compare its own with.

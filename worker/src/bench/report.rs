@@ -230,7 +230,10 @@ impl Report {
             "{model}, {device}, {width}x{height}, {num_inference_steps} {scheduler} steps, guidance {guidance_scale}\n"
         );
         if let Some(difference) = self.difference_from_reference {
-            let _ = writeln!(table, "first latents differ from the reference by {difference:.1e} of their largest value");
+            let _ = writeln!(
+                table,
+                "first latents differ from the reference by {difference:.1e} of their largest value"
+            );
         }
         let mut row = |cells: [&str; 12]| {
             let [dtype, batch, graph, cells @ ..] = cells;

@@ -215,8 +215,10 @@ impl Gpu {
             heard((shim()?.describe)(device, &raw mut cudnn, &raw mut driver_cuda, name.as_mut_ptr(), room))?;
             CStr::from_ptr(name.as_ptr()).to_string_lossy().into_owned()
         };
-        let driver = std::fs::read_to_string(DRIVER_VERSION)
-            .map_or_else(|_| format!("CUDA {}", dotted(driver_cuda.into(), 1000, 10)), |text| text.trim().to_owned());
+        let driver = std::fs::read_to_string(DRIVER_VERSION).map_or_else(
+            |_| format!("CUDA {}", dotted(driver_cuda.into(), 1000, 10)),
+            |text| text.trim().to_owned(),
+        );
         Ok(Self { name, driver, cudnn: dotted(cudnn, 10_000, 100) })
     }
 }
@@ -256,7 +258,10 @@ impl CudaGraph {
         self.is_captured
     }
 
-    fn call(&self, function: fn(&Shim) -> unsafe extern "C" fn(*mut StepGraph) -> Said) -> Result<(), CudaError> {
+    fn call(
+        &self,
+        function: fn(&Shim) -> unsafe extern "C" fn(*mut StepGraph) -> Said,
+    ) -> Result<(), CudaError> {
         // SAFETY: the pointer came from `graph_new` and is freed by `drop` alone.
         heard(unsafe { function(shim()?)(self.shim) })
     }

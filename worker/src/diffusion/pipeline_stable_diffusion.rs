@@ -127,7 +127,8 @@ impl StableDiffusionPipeline {
         })?;
 
         let Denoised { latents, batch_size, replayed_steps } = denoised;
-        let mut images: Vec<Option<Result<GeneratedImage, ImageError>>> = requests.iter().map(|_| None).collect();
+        let mut images: Vec<Option<Result<GeneratedImage, ImageError>>> =
+            requests.iter().map(|_| None).collect();
         let mut to_decode = Vec::new();
         for (index, latents) in latents.into_iter().enumerate() {
             match latents {
@@ -140,7 +141,9 @@ impl StableDiffusionPipeline {
             let pixels = self.decode(&latents, &mut seconds)?;
             for (&(index, _), pixels) in group.iter().zip(pixels) {
                 images[index] = Some(match pixels {
-                    Some(pixels) => self.finish(&requests[index], parameters, pixels, &encoded, &mut seconds)?,
+                    Some(pixels) => {
+                        self.finish(&requests[index], parameters, pixels, &encoded, &mut seconds)?
+                    }
                     None => Err(ImageError::NonFinite { stage: Stage::VaeDecode }),
                 });
             }
@@ -198,7 +201,8 @@ impl StableDiffusionPipeline {
     ) -> Result<Vec<Option<Vec<u8>>>, PipelineError> {
         let batch_size = self.batching.get().decode_batch_size(latents.len());
         let (image, are_finite) = timed(&mut seconds.vae_decode, || -> Result<_, TchError> {
-            let rows: Vec<&Tensor> = (0..batch_size).map(|i| *latents.get(i).unwrap_or(&latents[0])).collect();
+            let rows: Vec<&Tensor> =
+                (0..batch_size).map(|i| *latents.get(i).unwrap_or(&latents[0])).collect();
             let image = self.vae.decode(&Tensor::f_cat(&rows, 0)?)?;
             let are_finite = image.f_isfinite()?.f_flatten(1, -1)?.f_all_dim(1, false)?;
             Ok((image, Vec::<bool>::try_from(are_finite.f_to_device(Device::Cpu)?)?))

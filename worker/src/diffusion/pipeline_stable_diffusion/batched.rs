@@ -66,9 +66,8 @@ impl Batch {
         let update = match linear {
             Some(linear) => Update::Linear(numbers(&linear)?.f_to_device(device)?.f_to_kind(float)?),
             None => {
-                let of_picture = |picture: &mut Picture| {
-                    mem::replace(&mut picture.generator, Generator::new(0))
-                };
+                let of_picture =
+                    |picture: &mut Picture| mem::replace(&mut picture.generator, Generator::new(0));
                 let mut generators: Vec<Generator> = pictures.iter_mut().map(of_picture).collect();
                 generators.resize_with(batch_size, || Generator::new(0));
                 Update::Scheduler { scheduler, generators }

@@ -253,7 +253,9 @@ impl StaticBuffers {
         let kept = &mut self.deep[usize::from(is_guided)];
         let mut deep = kept.as_ref().map(Tensor::shallow_clone);
         let noise_pred = step.predict(unet, &sample, &self.time, text, &mut deep)?;
-        if step.is_kept && let Some(made) = deep {
+        if step.is_kept
+            && let Some(made) = deep
+        {
             match kept {
                 Some(kept) => kept.f_copy_(&made)?,
                 None => *kept = Some(copy_of(&made)?),

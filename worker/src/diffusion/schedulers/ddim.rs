@@ -86,10 +86,9 @@ impl Scheduler for DDIMScheduler {
             // Weights of the sample and of the output.
             let row = match self.prediction_type {
                 PredictionType::Epsilon => [signal_prev / signal, noise_prev - signal_prev * noise / signal],
-                PredictionType::VPrediction => [
-                    signal_prev * signal + noise_prev * noise,
-                    noise_prev * signal - signal_prev * noise,
-                ],
+                PredictionType::VPrediction => {
+                    [signal_prev * signal + noise_prev * noise, noise_prev * signal - signal_prev * noise]
+                }
             };
             Ok(LinearStep { input_scale: 1.0, rows: vec![row.to_vec()] })
         };

@@ -51,7 +51,8 @@ mod tests {
 
     /// Numbers that look like noise, without libtorch's generator.
     fn noise(seed: i64) -> Tensor {
-        let numbers: Vec<f32> = (0..64).map(|i| ((i * 37 + seed * 101) as f32 * 12.9898).sin() * 1.7).collect();
+        let numbers: Vec<f32> =
+            (0..64).map(|i| ((i * 37 + seed * 101) as f32 * 12.9898).sin() * 1.7).collect();
         Tensor::from_slice(&numbers).view([1, 4, 4, 4])
     }
 
@@ -72,7 +73,8 @@ mod tests {
             sample = scheduler.step(&output, step_index, &sample, &mut []).unwrap();
             kept.push(output);
             let sum = |weights: &Vec<f64>| {
-                let terms = kept.iter().zip(weights).map(|(tensor, weight)| tensor.to_kind(Kind::Double) * *weight);
+                let terms =
+                    kept.iter().zip(weights).map(|(tensor, weight)| tensor.to_kind(Kind::Double) * *weight);
                 terms.reduce(|a, b| a + b).unwrap().to_kind(Kind::Float)
             };
             kept = step.rows.iter().map(sum).collect();
