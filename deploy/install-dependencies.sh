@@ -62,6 +62,24 @@ else
   echo "$TORCH_VERSION" >"$DEPS/libtorch/VERSION"
 fi
 
+# --- CUDA's headers --------------------------------------------------------------------------------
+# For the little that worker/build.rs compiles against libtorch's CUDA half; no CUDA library is needed for it.
+cuda_headers="nvidia-cuda-runtime==13.0.96 nvidia-cuda-crt==13.0.88"
+if [ "$(cat "$DEPS/cuda-headers/VERSION" 2>/dev/null)" = "$cuda_headers" ]; then
+  say "reusing CUDA's headers"
+else
+  say "fetching CUDA's headers (PyPI's $cuda_headers wheels, 2.4 MB)"
+  rm -rf "$DEPS/cuda-headers" "$DEPS/wheels"
+  mkdir -p "$DEPS/cuda-headers" "$DEPS/wheels"
+  for wheel in $cuda_headers; do fetch_wheel "$wheel"; done
+  for wheel in "$DEPS"/wheels/*.whl; do unzip -q -o "$wheel" 'nvidia/cu13/include/*' -d "$DEPS/wheels"; done
+  mv "$DEPS/wheels/nvidia/cu13/include" "$DEPS/cuda-headers/include"
+  rm -rf "$DEPS/wheels"
+  echo "$cuda_headers" >"$DEPS/cuda-headers/VERSION"
+  # worker/build.rs watches this file.
+  touch "$DEPS/libtorch/VERSION"
+fi
+
 # --- CLIP's vocabulary, for the tokenizer's test vectors --------------------------------------------
 vocabulary_sha256=924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a
 if [ -s "$DEPS/clip/vocab.json" ] && [ -s "$DEPS/clip/merges.txt" ]; then

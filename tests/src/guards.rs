@@ -55,14 +55,21 @@ pub enum Target {
     WorkerInMemory,
     /// `worker/tests/pipeline.rs`.
     WorkerPipeline,
+    /// `worker/tests/company.rs`.
+    WorkerCompany,
     /// The unit tests of the scheduler.
     Scheduler,
 }
 
 impl Target {
     /// All of them.
-    pub const ALL: [Target; 4] =
-        [Target::Schema, Target::WorkerInMemory, Target::WorkerPipeline, Target::Scheduler];
+    pub const ALL: [Target; 5] = [
+        Target::Schema,
+        Target::WorkerInMemory,
+        Target::WorkerPipeline,
+        Target::WorkerCompany,
+        Target::Scheduler,
+    ];
 
     /// What cargo has to be told. `schema` alone is built much faster than with all that could depend on it.
     fn arguments(self) -> Vec<&'static str> {
@@ -71,6 +78,7 @@ impl Target {
             Target::Schema => vec!["-p", "schema", "--features", "failpoints", "--test", "it"],
             Target::WorkerInMemory => [&workspace[..], &["--test", "in_memory"]].concat(),
             Target::WorkerPipeline => [&workspace[..], &["--test", "pipeline"]].concat(),
+            Target::WorkerCompany => [&workspace[..], &["--test", "company"]].concat(),
             Target::Scheduler => [&workspace[..], &["--lib"]].concat(),
         }
     }

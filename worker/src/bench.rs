@@ -4,6 +4,7 @@
 //! named; speed does not depend on what the weights say. `bench/compare.py` drives the same command beside diffusers.
 
 mod checkpoint;
+mod company;
 mod measure;
 mod memory;
 mod report;
@@ -13,11 +14,13 @@ use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, ensure};
 
 pub use self::checkpoint::ModelSize;
 use self::measure::{Bench, Call};
 use self::report::{Report, Run};
+use crate::batching_args::{Switch, batching};
+use crate::diffusion::cuda::{AttentionKernel, set_attention_order};
 use crate::diffusion::device::set_threads_per_picture;
 use crate::diffusion::{
     ComputeDevice, ComputeDtype, GenerationParameters, KernelChoice, LoadOptions, SchedulerKind,
@@ -90,6 +93,29 @@ pub struct BenchArgs {
     /// Write what the first call gave, final latents and pixels, as safetensors.
     #[arg(long, value_name = "FILE")]
     pub outputs: Option<PathBuf>,
+    /// What a denoising step is launched as: `on` is as one CUDA graph, on a GPU; with `off,on` calls take turns.
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "off",
+        value_name = "on|off,…",
+        hide_possible_values = true
+    )]
+    pub graph: Vec<Switch>,
+    /// Compute so many pictures at once, the missing ones made up. 0 makes nothing up.
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u16).range(0..=1024))]
+    pub pad_batch: u16,
+    /// Which kernels of attention a GPU tries first, one or several of cudnn, flash, efficient and math [default: libtorch's
+    /// order].
+    #[arg(long, value_delimiter = ',', value_name = "NAME,…")]
+    pub attention: Vec<AttentionKernel>,
+    /// Instead of measuring, put one picture into each place of a batch of the first batch size and dtype, among other
+    /// pictures each time, and compare its bits; the command fails if they differ.
+    #[arg(long, conflicts_with = "on_demand")]
+    pub check_company: bool,
+    /// Compare the first call's final latents with those in a file of `--outputs`.
+    #[arg(long, value_name = "FILE")]
+    pub reference: Option<PathBuf>,
     /// Stop each call after its last denoising step: a step of a large model is soon measured then, on a slow machine too.
     #[arg(long)]
     pub denoise_only: bool,
@@ -108,6 +134,9 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
         set_threads_per_picture(args.cpu_threads);
     }
     args.device.open()?;
+    if !args.attention.is_empty() {
+        set_attention_order(&args.attention).context("the kernels of attention cannot be chosen")?;
+    }
     let scratch = tempfile::tempdir().context("cannot make a folder for the model")?;
     let folder = match (&args.model, &args.save_model) {
         (Some(folder), _) | (None, Some(folder)) => folder.as_path(),
@@ -130,17 +159,28 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
         let load_seconds = start.elapsed().as_secs_f64();
         for &batch_size in &args.batch_sizes {
             let parameters = parameters(args, &pipeline);
-            let bench = Bench {
+            let bench = |graph: &Switch| Bench {
                 pipeline: &pipeline,
                 requests: measure::requests(batch_size.into(), args.guidance_scale),
                 parameters,
+                batching: batching(args.device, *graph, args.pad_batch),
                 denoise_only: args.denoise_only,
             };
+            let mut benches: Vec<Bench<'_>> = args.graph.iter().map(bench).collect();
+            if args.check_company {
+                return benches.iter_mut().try_for_each(check_company);
+            }
             if args.on_demand {
-                return answer_lines(&bench, args.outputs.as_deref());
+                return answer_lines(&benches[0], args.outputs.as_deref());
             }
             let flops = report.set_size(&parameters)?;
-            report.runs.push(measure(args, &bench, flops, load_seconds, report.runs.is_empty())?);
+            let measured = measure(args, &benches, &mut report)?;
+            report.runs.extend(
+                benches
+                    .iter()
+                    .zip(&measured)
+                    .map(|(bench, calls)| Run::new(bench, calls, flops, load_seconds, args.peak_tflops)),
+            );
         }
     }
     print(&if args.json { serde_json::to_string(&report)? } else { report.to_table() })
@@ -168,49 +208,68 @@ fn parameters(args: &BenchArgs, pipeline: &StableDiffusionPipeline) -> Generatio
     }
 }
 
-/// Warms up, then measures.
-fn measure(
-    args: &BenchArgs,
-    bench: &Bench<'_>,
-    flops: report::PictureFlops,
-    load_seconds: f64,
-    is_first: bool,
-) -> anyhow::Result<Run> {
-    let mut call = calls(bench, args.outputs.as_deref().filter(|_| is_first));
-    let mut last = None;
-    for _ in 0..args.warmup {
-        let seconds = call()?.seconds;
-        let settled = last.is_some_and(|last: f64| (seconds / last - 1.0).abs() < 0.01);
-        last = Some(seconds);
-        if settled {
-            break;
+/// Warms each up, then measures all in turn: the calls of each. The report is told of the very first call.
+fn measure(args: &BenchArgs, benches: &[Bench<'_>], report: &mut Report) -> anyhow::Result<Vec<Vec<Call>>> {
+    let mut first = report.runs.is_empty();
+    for bench in benches {
+        let mut last = None;
+        for _ in 0..args.warmup {
+            let call = bench.call()?;
+            if std::mem::take(&mut first) {
+                note_first(args, &call, report)?;
+            }
+            let settled = last.is_some_and(|last: f64| (call.seconds / last - 1.0).abs() < 0.01);
+            last = Some(call.seconds);
+            if settled {
+                break;
+            }
         }
     }
     memory::forget_peak();
-    let measured = (0..args.repeats).map(|_| call()).collect::<anyhow::Result<Vec<_>>>()?;
-    Ok(Run::new(bench, &measured, flops, load_seconds, args.peak_tflops))
+    let mut measured: Vec<Vec<Call>> = benches.iter().map(|_| Vec::new()).collect();
+    for _ in 0..args.repeats {
+        for (bench, calls) in benches.iter().zip(&mut measured) {
+            let call = bench.call()?;
+            if std::mem::take(&mut first) {
+                note_first(args, &call, report)?;
+            }
+            calls.push(call);
+        }
+    }
+    Ok(measured)
 }
 
-/// One call for each line, until there are no more.
-fn answer_lines(bench: &Bench<'_>, outputs: Option<&Path>) -> anyhow::Result<()> {
-    let mut call = calls(bench, outputs);
-    print("ready")?;
-    for line in std::io::stdin().lock().lines() {
-        line.context("cannot read from standard input")?;
-        print(&serde_json::to_string(&call()?)?)?;
+/// Writes and compares what a call gave, as asked for.
+fn note_first(args: &BenchArgs, call: &Call, report: &mut Report) -> anyhow::Result<()> {
+    if let Some(path) = &args.outputs {
+        call.write_outputs(path)?;
+    }
+    if let Some(path) = &args.reference {
+        report.difference_from_reference = Some(call.difference_from(path)?);
     }
     Ok(())
 }
 
-/// Makes a call each time it is asked; what the first one gave is written to `outputs`.
-fn calls(bench: &Bench<'_>, mut outputs: Option<&Path>) -> impl FnMut() -> anyhow::Result<Call> {
-    move || {
+/// Says whether a picture depends on its company, and fails if it does.
+fn check_company(bench: &mut Bench<'_>) -> anyhow::Result<()> {
+    let report = company::check(bench)?;
+    print(&serde_json::to_string(&report)?)?;
+    ensure!(report.is_equal(), "a picture depends on its company");
+    Ok(())
+}
+
+/// One call for each line, until there are no more; what the first one gave is written to `outputs`.
+fn answer_lines(bench: &Bench<'_>, mut outputs: Option<&Path>) -> anyhow::Result<()> {
+    print("ready")?;
+    for line in std::io::stdin().lock().lines() {
+        line.context("cannot read from standard input")?;
         let call = bench.call()?;
         if let Some(path) = outputs.take() {
             call.write_outputs(path)?;
         }
-        Ok(call)
+        print(&serde_json::to_string(&call)?)?;
     }
+    Ok(())
 }
 
 /// A line for the person or the program that reads.

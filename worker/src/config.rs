@@ -4,11 +4,13 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use anyhow::ensure;
 use schema::ModelName;
 use secrecy::SecretString;
 
+use crate::batching_args::{Switch, batching};
 use crate::bench::BenchArgs;
-use crate::diffusion::{ComputeDevice, ComputeDtype, KernelChoice};
+use crate::diffusion::{Batching, ComputeDevice, ComputeDtype, KernelChoice};
 use crate::generate::GenerateArgs;
 use crate::object_store::Addressing;
 
@@ -86,6 +88,20 @@ pub struct Config {
     #[arg(long, env = "DARKROOM_MAX_MICROBATCH", default_value_t = 4, value_name = "N",
           value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub max_microbatch: u16,
+    /// On a GPU, launch a denoising step as one CUDA graph, where it can be. Not measured yet, so off by itself.
+    #[arg(
+        long,
+        env = "DARKROOM_GRAPH",
+        value_name = "on|off",
+        default_value = "off",
+        hide_possible_values = true
+    )]
+    pub graph: Switch,
+    /// Compute so many pictures at once, the missing ones made up, so that a picture's last bits do not depend on its company;
+    /// at least --max-microbatch, or 0 to make nothing up [default: --max-microbatch on a GPU; a CPU, which computes each
+    /// picture by itself, does without].
+    #[arg(long, env = "DARKROOM_PAD_BATCH", value_name = "N", value_parser = clap::value_parser!(u16).range(0..=1024))]
+    pub pad_batch: Option<u16>,
     /// How long a job waits for others of its kind when the worker could start. Small against the time of a microbatch.
     #[arg(long, env = "DARKROOM_MAX_WAIT_MS", default_value_t = 100, value_name = "MS")]
     pub max_wait_ms: u64,
@@ -153,6 +169,18 @@ impl Config {
         self.exit_when_idle_seconds.map(Duration::from_secs)
     }
 
+    /// See [`Config::pad_batch`] and [`Config::graph`]; an error if batches would not be filled up always.
+    pub fn batching(&self) -> anyhow::Result<Batching> {
+        let suited = if self.device.is_cuda() { self.max_microbatch } else { 0 };
+        let pad_batch = self.pad_batch.unwrap_or(suited);
+        ensure!(
+            pad_batch == 0 || pad_batch >= self.max_microbatch,
+            "`--pad-batch` must be 0 or at least `--max-microbatch`, {}, but is {pad_batch}",
+            self.max_microbatch
+        );
+        Ok(batching(self.device, self.graph, pad_batch))
+    }
+
     /// Messages of one band that the worker holds.
     pub fn prefetch(&self) -> u16 {
         schema::prefetch(self.max_microbatch)
@@ -172,6 +200,7 @@ impl Config {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::diffusion::BatchSize;
     use clap::{CommandFactory, Parser};
 
     #[test]
@@ -198,6 +227,24 @@ mod tests {
         ];
         let cli = Cli::try_parse_from(arguments).expect("these arguments are enough");
         assert!(!format!("{cli:?}").contains("hidden"));
+    }
+
+    #[test]
+    fn a_gpu_is_given_batches_of_one_size_unless_it_is_told_otherwise() {
+        let size = |more: &[&str]| {
+            let arguments = ["darkroom-worker", "run", "--model", "demo", "--database-url", "a"];
+            let rest = ["--amqp-url", "b", "--s3-bucket", "c", "--max-microbatch", "8"];
+            let cli =
+                Cli::try_parse_from(arguments.iter().chain(&rest).chain(more)).expect("these are enough");
+            let Command::Run(config) = cli.command else { panic!("another command") };
+            config.batching().map(|batching| batching.size)
+        };
+        assert_eq!(size(&[]).unwrap(), BatchSize::Alone);
+        assert_eq!(size(&["--device", "cuda"]).unwrap(), BatchSize::Padded(8));
+        assert_eq!(size(&["--device", "cuda", "--pad-batch", "0"]).unwrap(), BatchSize::AsGiven);
+        assert_eq!(size(&["--pad-batch", "9"]).unwrap(), BatchSize::Padded(9));
+        let error = size(&["--device", "cuda", "--pad-batch", "7"]).unwrap_err().to_string();
+        assert_eq!(error, "`--pad-batch` must be 0 or at least `--max-microbatch`, 8, but is 7");
     }
 
     #[test]

@@ -38,12 +38,14 @@
 //! # Same spec, same picture
 //! On the CPU each picture of a microbatch has its own passes through every model, by one thread
 //! ([`device::set_threads_per_picture`]), so it is bit for bit the picture that a call of its own gives, on any number
-//! of cores; a microbatch of as many pictures as there are cores uses them all. On a GPU the UNet sees the microbatch
-//! at once; everything else is still per picture.
+//! of cores; a microbatch of as many pictures as there are cores uses them all. A GPU gets the microbatch at once; with
+//! [`BatchSize::Padded`] always as many pictures, and kernels that repeat their bits ([`cuda`]), so that a picture's bits
+//! depend on the GPU, its driver, the libraries and that number.
 
 pub mod clip_image_processor;
 pub mod clip_tokenizer;
 pub mod config;
+pub mod cuda;
 pub mod device;
 pub mod drawn_weights;
 pub mod flops;
@@ -61,8 +63,9 @@ pub use device::{ComputeDevice, ComputeDtype, DeviceError};
 pub use kernels::KernelChoice;
 pub use load_error::LoadError;
 pub use pipeline_stable_diffusion::{
-    GeneratedImage, Generation, GenerationParameters, ImageError, ImageRequest, LoadOptions, NoiseKind,
-    PipelineError, Recipe, StableDiffusionPipeline, Stage, StageSeconds, StepControl, StepProgress,
+    BatchSize, Batching, GeneratedImage, Generation, GenerationParameters, ImageError, ImageRequest,
+    LoadOptions, NoiseKind, PipelineError, Recipe, StableDiffusionPipeline, Stage, StageSeconds, StepControl,
+    StepProgress,
 };
 pub use safety_checker::SafetyVerdict;
 pub use schedulers::SchedulerKind;

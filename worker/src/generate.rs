@@ -14,6 +14,7 @@ use schema::NoiseScheduler;
 use serde::Serialize;
 use sha2::{Digest as _, Sha256};
 
+use crate::batching_args::BatchingArgs;
 use crate::diffusion::config::ConfigFile;
 use crate::diffusion::device::set_threads_per_picture;
 use crate::diffusion::models::autoencoder_kl::AutoencoderKLConfig;
@@ -74,6 +75,9 @@ pub struct GenerateArgs {
     /// What to leave out for speed.
     #[command(flatten)]
     pub recipe: RecipeArgs,
+    /// How it is computed.
+    #[command(flatten)]
+    pub batching: BatchingArgs,
     /// Where to write the picture, as PNG. A flagged picture is written black.
     #[arg(long, value_name = "FILE.png")]
     pub output: PathBuf,
@@ -178,6 +182,7 @@ pub fn run(args: &GenerateArgs) -> anyhow::Result<()> {
     valid.device.open()?;
     let options = LoadOptions { device: valid.device, dtype: valid.dtype, kernels: args.kernels };
     let pipeline = StableDiffusionPipeline::from_pretrained(&args.model, &options)?;
+    pipeline.set_batching(args.batching.to_batching(valid.device));
     let load = start.elapsed().as_secs_f64();
 
     let parameters = parameters(args, &valid, &pipeline)?;
@@ -365,6 +370,7 @@ fn encode(image: &GeneratedImage, infotext: &str) -> anyhow::Result<Vec<u8>> {
         prompt_truncated: image.truncated_prompt.is_some(),
         dtype: String::new(),
         recipe: schema::Recipe::default(),
+        engine: None,
     };
     Ok(crate::png::encode(&image, &[(crate::png::PARAMETERS, infotext)])?)
 }

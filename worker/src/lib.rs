@@ -8,6 +8,7 @@
 pub mod amqp;
 pub mod backoff;
 pub mod batcher;
+pub mod batching_args;
 pub mod bench;
 pub mod catalog;
 pub mod claimer;

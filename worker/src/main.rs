@@ -19,6 +19,8 @@ const FAILURE: u8 = 1;
 fn main() -> ExitCode {
     schema::failpoint::arm();
     let cli = Cli::parse();
+    // Here, where there is one thread still: the environment can be written to.
+    worker::diffusion::cuda::set_environment();
     let ended = worker::logging::start(&cli).and_then(|()| match cli.command {
         Command::Generate(arguments) => generate::run(&arguments),
         Command::Bench(arguments) => worker::bench::run(&arguments),

@@ -1,15 +1,16 @@
 //! A picture as a PNG file that knows how it was made.
 //!
 //! Two text chunks travel with the pixels: `parameters`, which people's tools read (`infotext.rs`), and `darkroom`, a JSON
-//! record for programs. The bytes are a function of job, weights and pixels: no time, no worker and no attempt is
-//! in them, so a job that runs twice makes the same file and the same object key.
+//! record for programs. The bytes are a function of job, weights, pixels and, on a GPU, of what computed them: no time, no
+//! worker and no attempt is in them, so a job that runs twice on machines of a kind makes the same file and the same object
+//! key.
 
 use png::text_metadata::{ITXtChunk, TEXtChunk};
 use schema::{AcceptanceId, BatchId, JobId, ModelName, NoiseScheduler, Recipe, Sha256Digest, ValidJobSpec};
 use serde::{Deserialize, Serialize};
 
 use crate::infotext::infotext;
-use crate::pipeline::GeneratedImage;
+use crate::pipeline::{EngineFingerprint, GeneratedImage};
 
 /// The version of [`PictureRecord`]; a field that changes its meaning raises it.
 const RECORD_VERSION: u32 = 1;
@@ -112,6 +113,9 @@ pub struct PictureRecord {
     pub licence_acceptance_id: AcceptanceId,
     /// The program that made the picture.
     pub software: String,
+    /// What computed it, if that was a GPU; on the CPU the same pixels come from every machine.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub engine: Option<EngineFingerprint>,
 }
 
 impl PictureRecord {
@@ -140,6 +144,7 @@ impl PictureRecord {
             special_care_scores: image.special_care_scores.clone(),
             licence_acceptance_id: provenance.acceptance_id,
             software: concat!("darkroom ", env!("CARGO_PKG_VERSION")).to_owned(),
+            engine: image.engine.clone(),
         }
     }
 }

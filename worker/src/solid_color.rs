@@ -97,5 +97,6 @@ fn plain(spec: &ValidJobSpec) -> GeneratedImage {
         dtype: "f32".to_owned(),
         // Its color is its seed's, whatever else is asked for.
         recipe: spec.recipe(),
+        engine: None,
     }
 }

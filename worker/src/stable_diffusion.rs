@@ -8,15 +8,18 @@ use schema::{NoiseScheduler, ValidJobSpec};
 use tracing::warn;
 
 use crate::control::{Control, Verdict};
+use crate::diffusion::cuda::Gpu;
+use crate::diffusion::device::TORCH_VERSION;
 use crate::diffusion::pipeline_stable_diffusion::{NoiseKind, StageSeconds};
 use crate::diffusion::rng::RngError;
 use crate::diffusion::schedulers::SchedulerError;
 use crate::diffusion::{
-    self, ComputeDtype, GenerationParameters, ImageError, ImageRequest, LoadOptions, Recipe, SchedulerKind,
-    StepControl, StepProgress,
+    self, BatchSize, Batching, ComputeDevice, ComputeDtype, GenerationParameters, ImageError, ImageRequest,
+    LoadOptions, Recipe, SchedulerKind, StepControl, StepProgress,
 };
 use crate::pipeline::{
-    Generated, GeneratedImage, PictureOutcome, Pipeline, PipelineError, PipelineIdentity, StageTimes,
+    EngineFingerprint, Generated, GeneratedImage, PictureOutcome, Pipeline, PipelineError, PipelineIdentity,
+    StageTimes,
 };
 
 /// The pipeline's name in settings, rows and logs.
@@ -34,11 +37,22 @@ pub struct StableDiffusionPipeline {
     model: diffusion::StableDiffusionPipeline,
     identity: PipelineIdentity,
     folder: PathBuf,
+    /// What computes, where bits depend on it; the batch size is each call's.
+    fingerprint: Option<EngineFingerprint>,
 }
 
 impl StableDiffusionPipeline {
     /// Loads a checkpoint's folder. To be called before anything else uses libtorch, on the thread that will own it.
     pub fn load(folder: &Path, options: LoadOptions) -> Result<Self, PipelineError> {
+        Self::load_batching(folder, options, Batching::of(options.device))
+    }
+
+    /// As [`Self::load`], with a say in how pictures of a call are computed.
+    pub fn load_batching(
+        folder: &Path,
+        options: LoadOptions,
+        batching: Batching,
+    ) -> Result<Self, PipelineError> {
         let LoadOptions { device, dtype, .. } = options;
         device.open().map_err(|error| PipelineError::Device { source: Arc::new(error) })?;
         let model = diffusion::StableDiffusionPipeline::from_pretrained(folder, &options)
@@ -49,7 +63,41 @@ impl StableDiffusionPipeline {
             dtype: dtype.to_string(),
             noise_dtype: NoiseKind::of(dtype).to_string(),
         };
-        Ok(Self { model, identity, folder: folder.to_owned() })
+        model.set_batching(batching);
+        let fingerprint = fingerprint(device, model.kernels());
+        Ok(Self { model, identity, folder: folder.to_owned(), fingerprint })
+    }
+
+    /// One call, in a smaller batch where made-up pictures were too much for the memory: they must not cost real ones their
+    /// place.
+    fn generate_in_memory(
+        &self,
+        requests: &[ImageRequest],
+        parameters: &GenerationParameters,
+        control: &mut Control,
+    ) -> Result<diffusion::Generation, PipelineError> {
+        loop {
+            let generation = self.model.generate(requests, parameters, &mut |progress| {
+                step_control(progress, control.after_step(progress.step_index + 1, progress.num_steps))
+            });
+            let batching = self.model.batching();
+            let error = match generation {
+                Ok(generation) => return Ok(generation),
+                Err(diffusion::PipelineError::Stopped { .. }) => return Ok(stopped(requests.len())),
+                Err(error) => classify(error, requests.len()),
+            };
+            match (&error, batching.size) {
+                (PipelineError::OutOfMemory { .. }, BatchSize::Padded(size)) if size > requests.len() => {
+                    let size = (size / 2).max(requests.len());
+                    warn!(
+                        batch.size = size,
+                        "Out of memory; from now on batches are filled up to {size} only"
+                    );
+                    self.model.set_batching(Batching { size: BatchSize::Padded(size), ..batching });
+                }
+                _ => return Err(error),
+            }
+        }
     }
 
     /// Draws once more, in f32, what gave numbers that are not finite in half precision: its range is the usual reason. The
@@ -89,7 +137,12 @@ impl StableDiffusionPipeline {
             });
             *picture = match generation {
                 Ok(mut generation) => match generation.images.pop() {
-                    Some(image) => outcome(image, ComputeDtype::F32, parameters.recipe),
+                    Some(image) => {
+                        let fingerprint = self.fingerprint.clone();
+                        let fingerprint =
+                            fingerprint.map(|engine| EngineFingerprint { batch_size: 1, ..engine });
+                        outcome(image, ComputeDtype::F32, parameters.recipe, fingerprint.as_ref())
+                    }
                     None => continue,
                 },
                 Err(diffusion::PipelineError::Stopped { .. }) => PictureOutcome::Dropped,
@@ -111,25 +164,39 @@ impl Pipeline for StableDiffusionPipeline {
     ) -> Result<Generated, PipelineError> {
         let requests: Vec<ImageRequest> = specs.iter().map(|spec| request(spec)).collect();
         let parameters = parameters(specs[0]);
-        let generation = self.model.generate(&requests, &parameters, &mut |progress| {
-            step_control(progress, control.after_step(progress.step_index + 1, progress.num_steps))
-        });
-        match generation {
-            Ok(generation) => {
-                let dtype = self.model.options().dtype;
-                let images = generation.images.into_iter();
-                let mut pictures: Vec<_> =
-                    images.map(|image| outcome(image, dtype, parameters.recipe)).collect();
-                self.retry_in_f32(specs, &mut pictures, control);
-                Ok(Generated { pictures, times: times(generation.seconds) })
-            }
-            Err(diffusion::PipelineError::Stopped { .. }) => {
-                let pictures = specs.iter().map(|_| PictureOutcome::Dropped).collect();
-                Ok(Generated { pictures, times: StageTimes::default() })
-            }
-            Err(error) => Err(classify(error, specs.len())),
-        }
+        let generation = self.generate_in_memory(&requests, &parameters, control)?;
+        let dtype = self.model.options().dtype;
+        let fingerprint = self.fingerprint.clone();
+        let fingerprint =
+            fingerprint.map(|engine| EngineFingerprint { batch_size: generation.batch_size, ..engine });
+        let images = generation.images.into_iter();
+        let mut pictures: Vec<_> =
+            images.map(|image| outcome(image, dtype, parameters.recipe, fingerprint.as_ref())).collect();
+        self.retry_in_f32(specs, &mut pictures, control);
+        Ok(Generated { pictures, times: times(generation.seconds) })
     }
+}
+
+/// The answer to a call that was stopped.
+fn stopped(num_pictures: usize) -> diffusion::Generation {
+    let dropped = |_| Err(ImageError::Dropped { step_index: 0 });
+    diffusion::Generation {
+        images: (0..num_pictures).map(dropped).collect(),
+        seconds: StageSeconds::default(),
+        batch_size: 0,
+        replayed_steps: 0,
+    }
+}
+
+/// What computes on a GPU. On the CPU a picture has the same bits everywhere, so there is nothing to tell.
+fn fingerprint(device: ComputeDevice, kernels: String) -> Option<EngineFingerprint> {
+    let ComputeDevice::Cuda(index) = device else { return None };
+    let unknown = || "unknown".to_owned();
+    let (gpu, driver, cudnn) = match Gpu::describe(index) {
+        Ok(Gpu { name, driver, cudnn }) => (name, driver, cudnn),
+        Err(_) => (unknown(), unknown(), unknown()),
+    };
+    Some(EngineFingerprint { gpu, driver, torch: TORCH_VERSION.to_owned(), cudnn, kernels, batch_size: 0 })
 }
 
 fn request(spec: &ValidJobSpec) -> ImageRequest {
@@ -198,6 +265,7 @@ fn outcome(
     image: Result<diffusion::GeneratedImage, ImageError>,
     dtype: ComputeDtype,
     recipe: Recipe,
+    engine: Option<&EngineFingerprint>,
 ) -> PictureOutcome {
     match image {
         Ok(image) => {
@@ -215,6 +283,7 @@ fn outcome(
                 prompt_truncated: image.truncated_prompt.is_some(),
                 dtype: dtype.to_string(),
                 recipe: recipe.into(),
+                engine: engine.cloned(),
             })
         }
         Err(ImageError::Dropped { .. }) => PictureOutcome::Dropped,

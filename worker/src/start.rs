@@ -47,7 +47,7 @@ pub async fn start(config: Config, shutdown: Shutdown) -> Result<()> {
         bail!("there is no model `{}`\nhint: register it with `darkroom models add`", config.model);
     };
     check_broker(&config).await?;
-    let loading = Loading::new(&config, &model);
+    let loading = Loading::new(&config, &model)?;
     let store = S3ObjectStore::connect(config.s3_bucket.clone(), config.s3_addressing()).await;
     let worker = new_worker(&config, &model);
     let worker_id = worker.worker_id;
@@ -164,22 +164,23 @@ struct Loading {
 }
 
 impl Loading {
-    fn new(config: &Config, model: &Model) -> Self {
+    fn new(config: &Config, model: &Model) -> Result<Self> {
         match config.pipeline {
             PipelineChoice::SolidColor => {
                 let time_per_picture = config.solid_color_time();
-                Self {
-                    load: Box::new(move || Ok(Box::new(SolidColorPipeline::new(time_per_picture)))),
-                    files: None,
-                }
+                let load = move || Ok(Box::new(SolidColorPipeline::new(time_per_picture)) as _);
+                Ok(Self { load: Box::new(load), files: None })
             }
             PipelineChoice::StableDiffusion => {
                 let folder = config.model_dir.clone().unwrap_or_else(|| PathBuf::from(&model.folder));
                 let files = Some((model.clone(), folder.clone()));
                 let options =
                     LoadOptions { device: config.device, dtype: config.dtype, kernels: config.kernels };
-                let load = move || Ok(Box::new(StableDiffusionPipeline::load(&folder, options)?) as _);
-                Self { load: Box::new(load), files }
+                let batching = config.batching()?;
+                let load = move || {
+                    Ok(Box::new(StableDiffusionPipeline::load_batching(&folder, options, batching)?) as _)
+                };
+                Ok(Self { load: Box::new(load), files })
             }
         }
     }

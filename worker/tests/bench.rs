@@ -65,10 +65,42 @@ fn every_dtype_and_batch_size_is_measured_with_its_stages_and_operations() {
         let rate = number("/batch_size") * per_picture / median / 1e12;
         assert!((number("/tflops_per_second") / rate - 1.0).abs() < 1e-6, "{run}");
         assert!((number("/share_of_peak") * 0.5 / rate - 1.0).abs() < 1e-6, "{run}");
+        assert_eq!((&run["graph"], &run["replayed_steps"]), (&false.into(), &0.into()), "{run}");
+        assert_eq!(run["computed_at_once"], 1, "{run}");
         // The libraries alone take more than this.
         assert!(number("/peak_resident_bytes") > f64::from(1 << 24), "{run}");
         assert!(number("/cpu_seconds/median") > 0.0, "{run}");
     }
+}
+
+#[test]
+fn graphs_take_turns_and_a_batch_is_filled_up() {
+    let folder = tempfile::tempdir().unwrap();
+    let outputs = folder.path().join("outputs");
+    let tiny = ["--size", "tiny", "--json", "--repeats", "1", "--warmup", "0"];
+    let alone = bench(&tiny).arg("--outputs").arg(&outputs).output().unwrap();
+    assert_eq!(json(&succeeded(&alone))["difference_from_reference"], Value::Null);
+    let padded =
+        bench(&tiny).args(["--graph", "off,on", "--pad-batch", "3", "--reference"]).arg(&outputs).output();
+    let report = json(&succeeded(&padded.unwrap()));
+    let difference = report["difference_from_reference"].as_f64().unwrap();
+    assert!(difference > 0.0 && difference < 1e-4, "{difference:e}");
+    let runs = report["runs"].as_array().unwrap();
+    let graphs: Vec<&Value> = runs.iter().map(|run| &run["graph"]).collect();
+    assert_eq!(graphs, [&Value::from(false), &Value::from(true)]);
+    for run in runs {
+        // On the CPU there is nothing to make a graph with, and it says so.
+        assert_eq!((&run["computed_at_once"], &run["replayed_steps"]), (&3.into(), &0.into()), "{run}");
+    }
+}
+
+#[test]
+fn a_picture_is_put_into_every_place_of_a_batch() {
+    let options = ["--size", "tiny", "--check-company", "--batch-sizes", "3"];
+    let report = json(&succeeded(&bench(&options).output().unwrap()));
+    assert_eq!((&report["batch_size"], &report["calls"]), (&3.into(), &4.into()));
+    assert_eq!(report["places_that_differ"], serde_json::json!([]));
+    assert_eq!((&report["alone_is_equal"], &report["neighbors_differ"]), (&true.into(), &true.into()));
 }
 
 /// The pixels in a file that `--outputs` wrote.

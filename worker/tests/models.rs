@@ -202,6 +202,34 @@ fn unets_equal_diffusers_at_every_timestep_and_size() {
     }
 }
 
+/// Two texts for one sample: what comes before the first look at a text is computed once, and nothing changes by it.
+#[test]
+fn two_texts_for_one_sample_are_as_two_samples() {
+    for checkpoint in CHECKPOINTS {
+        let expected = tensors(&format!("{checkpoint}-stages/unet.safetensors"));
+        let file = weights(checkpoint, "unet", DIFFUSERS, same_key);
+        let unet = UNet2DConditionModel::load(&file.root(), &unet_config(checkpoint)).unwrap();
+        assert!(file.into_faults().is_empty());
+        let states = expected["encoder_hidden_states"].narrow(0, 0, 2);
+        let text = unet.project_text(&states).unwrap();
+        let time = &unet.embed_timesteps(&[321.0], Kind::Float).unwrap()[0];
+        for size in ["9x13", "32x32"] {
+            let sample = &expected[&format!("sample_{size}")].narrow(0, 0, 1);
+            let twice = Tensor::cat(&[sample, sample], 0);
+            let (once, deep_once) = unet.forward_and_keep(sample, time, &text).unwrap();
+            let (apart, deep_apart) = unet.forward_and_keep(&twice, time, &text).unwrap();
+            assert!(
+                max_difference(&apart.get(0), &apart.get(1)) > 1e-3,
+                "the texts should make a difference"
+            );
+            assert_close(&format!("{checkpoint} {size}"), &once, &apart);
+            assert_close(&format!("{checkpoint} {size}, inner layers"), &deep_once, &deep_apart);
+            let cached = |sample: &Tensor| unet.forward_cached(sample, &deep_apart, time, &text).unwrap();
+            assert_close(&format!("{checkpoint} {size}, cached"), &cached(sample), &cached(&twice));
+        }
+    }
+}
+
 #[test]
 fn parts_of_the_unet_equal_diffusers() {
     let expected = tensors("small-stages/unet.safetensors");

@@ -10,8 +10,9 @@ use golden::{CHECKPOINTS, F32, assert_close, golden as golden_path, max_differen
 use serde::Deserialize;
 use tch::{Kind, Tensor};
 use worker::diffusion::{
-    ComputeDtype, GeneratedImage, Generation, GenerationParameters, ImageError, ImageRequest, LoadOptions,
-    NoiseKind, PipelineError, Recipe, SchedulerKind, StableDiffusionPipeline, StepControl, StepProgress,
+    BatchSize, Batching, ComputeDtype, GeneratedImage, Generation, GenerationParameters, ImageError,
+    ImageRequest, LoadOptions, NoiseKind, PipelineError, Recipe, SchedulerKind, StableDiffusionPipeline,
+    StepControl, StepProgress,
 };
 
 /// A run of diffusers, in `<checkpoint>-stages/pipeline.json`.
@@ -93,6 +94,11 @@ fn pixels(image: &GeneratedImage) -> Tensor {
     Tensor::from_slice(&image.pixels).view(shape)
 }
 
+/// The two ways to compute: each picture alone; and all together, filled up to three, on buffers that stay where they are.
+fn ways() -> [Batching; 2] {
+    [Batching::of(F32.device), Batching { size: BatchSize::Padded(3), decode_size: 2, graph: false }]
+}
+
 /// The pictures of a run, compared with diffusers'.
 fn compare(
     checkpoint: &str,
@@ -141,8 +147,11 @@ fn pictures_equal_diffusers_for_every_noise_scheduler() {
         for kind in SchedulerKind::ALL {
             assert!(in_f32().any(|run| run.scheduler == kind.as_str()), "{kind} has no golden run");
         }
-        for run in in_f32() {
-            compare(checkpoint, run, &pipeline, &expected);
+        for batching in ways() {
+            pipeline.set_batching(batching);
+            for run in in_f32() {
+                compare(checkpoint, run, &pipeline, &expected);
+            }
         }
     }
 }
@@ -162,9 +171,13 @@ fn recipes_leave_out_what_they_say() {
             let exact = GenerationParameters { recipe: Recipe::default(), ..run.parameters() };
             let (_, exact) = generate(&pipeline, &run.requests(), &exact);
             let last = latents.len() - 1;
-            for (step, latents) in latents.iter().enumerate() {
-                let name = format!("{}.latents.{step}", run.name);
-                assert_close(&format!("{checkpoint} {name}"), latents, &expected[&name]);
+            for batching in ways() {
+                pipeline.set_batching(batching);
+                let (_, latents) = generate(&pipeline, &run.requests(), &run.parameters());
+                for (step, latents) in latents.iter().enumerate() {
+                    let name = format!("{}.latents.{step}", run.name);
+                    assert_close(&format!("{checkpoint} {name} {batching:?}"), latents, &expected[&name]);
+                }
             }
             assert!(max_difference(&latents[last], &exact[last]) > 1e-3, "{checkpoint} {}", run.name);
         }
@@ -180,15 +193,20 @@ fn half_precision_stays_near_diffusers() {
         for run in runs(checkpoint).iter().filter(|run| run.dtype != "f32") {
             let dtype: ComputeDtype = run.dtype.parse().unwrap();
             let pipeline = pipeline(checkpoint, &LoadOptions { dtype, ..F32 });
-            let (generation, latents) = generate(&pipeline, &run.requests(), &run.parameters());
-            let last = latents.len() - 1;
-            let reference = &expected[&format!("{}.latents.{last}", run.name)];
-            assert_eq!(latents[last].kind(), dtype.to_tch());
-            let difference = (latents[last].to_kind(Kind::Double) - reference.to_kind(Kind::Double)).abs();
-            let relative = difference.mean(Kind::Double).double_value(&[])
-                / reference.to_kind(Kind::Double).abs().mean(Kind::Double).double_value(&[]);
-            assert!(relative < 0.1, "{checkpoint} {}: latents differ by {relative} on average", run.name);
-            assert_eq!(images(generation)[0].noise, NoiseKind::of(dtype));
+            for batching in ways() {
+                pipeline.set_batching(batching);
+                let (generation, latents) = generate(&pipeline, &run.requests(), &run.parameters());
+                let last = latents.len() - 1;
+                let reference = &expected[&format!("{}.latents.{last}", run.name)];
+                assert_eq!(latents[last].kind(), dtype.to_tch());
+                let difference =
+                    (latents[last].to_kind(Kind::Double) - reference.to_kind(Kind::Double)).abs();
+                let relative = difference.mean(Kind::Double).double_value(&[])
+                    / reference.to_kind(Kind::Double).abs().mean(Kind::Double).double_value(&[]);
+                let name = format!("{checkpoint} {} {batching:?}", run.name);
+                assert!(relative < 0.1, "{name}: latents differ by {relative} on average");
+                assert_eq!(images(generation)[0].noise, NoiseKind::of(dtype));
+            }
         }
     }
 }

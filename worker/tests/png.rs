@@ -11,7 +11,7 @@ use schema::{
     ValidJobSpec,
 };
 use worker::infotext::infotext;
-use worker::pipeline::GeneratedImage;
+use worker::pipeline::{EngineFingerprint, GeneratedImage};
 use worker::png::{PictureRecord, Provenance, encode_picture};
 
 /// A key and a value, as the reader's regular expression
@@ -141,6 +141,7 @@ fn image(spec: &ValidJobSpec) -> GeneratedImage {
         prompt_truncated: false,
         dtype: "f32".to_owned(),
         recipe: spec.recipe(),
+        engine: None,
     }
 }
 
@@ -177,6 +178,28 @@ fn decoded(bytes: &[u8]) -> (Vec<(String, String, bool)>, Vec<u8>) {
 
 fn text_of<'a>(texts: &'a [(String, String, bool)], keyword: &str) -> &'a (String, String, bool) {
     texts.iter().find(|(found, _, _)| found == keyword).unwrap_or_else(|| panic!("no chunk {keyword}"))
+}
+
+#[test]
+fn what_computed_a_picture_on_a_gpu_is_in_its_record_and_nothing_of_a_cpu() {
+    let spec = spec("a red circle", "", NoiseScheduler::Pndm);
+    let on_cpu = image(&spec);
+    let engine = EngineFingerprint {
+        gpu: "NVIDIA H200".to_owned(),
+        driver: "580.1".to_owned(),
+        torch: "2.11.0".to_owned(),
+        cudnn: "9.19.0".to_owned(),
+        kernels: "fused sm_90a".to_owned(),
+        batch_size: 33,
+    };
+    let on_gpu = GeneratedImage { engine: Some(engine.clone()), ..on_cpu.clone() };
+    let record = |image: &GeneratedImage| {
+        let (texts, _) = decoded(&encoded(&spec, image));
+        text_of(&texts, "darkroom").1.clone()
+    };
+    assert!(!record(&on_cpu).contains("engine"));
+    let read: PictureRecord = serde_json::from_str(&record(&on_gpu)).unwrap();
+    assert_eq!(read.engine, Some(engine));
 }
 
 #[test]

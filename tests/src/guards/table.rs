@@ -332,9 +332,9 @@ pub const GUARDS: &[Guard] = &[
         promise: "P8",
         what: "on the CPU the UNet sees each picture by itself",
         cuts: &[Cut {
-            file: "worker/src/diffusion/pipeline_stable_diffusion/denoising.rs",
-            text: "step_side_by_side(&self.pipeline.unet, &mut self.pictures, step, time)?;",
-            replacement: "self.step_together(step, time)?;",
+            file: "worker/src/diffusion/pipeline_stable_diffusion/batching.rs",
+            text: "ComputeDevice::Cpu => Self { size: BatchSize::Alone,",
+            replacement: "ComputeDevice::Cpu => Self { size: BatchSize::AsGiven,",
         }],
         target: Target::WorkerPipeline,
         tests: &["a_microbatch_equals_single_calls_bit_for_bit"],
@@ -349,5 +349,16 @@ pub const GUARDS: &[Guard] = &[
         }],
         target: Target::Schema,
         tests: &["recipes::a_picture_by_another_recipe_than_its_jobs_is_refused"],
+    },
+    Guard {
+        promise: "P8",
+        what: "pictures that are computed together make a batch of one size",
+        cuts: &[Cut {
+            file: "worker/src/diffusion/pipeline_stable_diffusion/batching.rs",
+            text: "BatchSize::Padded(size) => Some(size.max(num_pictures)),",
+            replacement: "BatchSize::Padded(_) => Some(num_pictures),",
+        }],
+        target: Target::WorkerCompany,
+        tests: &["in_every_place_of_a_batch_of_one_size_a_picture_has_the_same_bits"],
     },
 ];

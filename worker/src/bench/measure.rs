@@ -3,13 +3,14 @@
 use std::path::Path;
 use std::time::Instant;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, ensure};
+use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView};
 use serde::Serialize;
 
 use crate::diffusion::{
-    ComputeDevice, ComputeDtype, GenerationParameters, ImageRequest, PipelineError, StableDiffusionPipeline,
-    StageSeconds, StepControl,
+    Batching, ComputeDevice, ComputeDtype, Generation, GenerationParameters, ImageRequest, PipelineError,
+    StableDiffusionPipeline, StageSeconds, StepControl,
 };
 
 /// A pipeline and what every call asks of it.
@@ -20,6 +21,8 @@ pub struct Bench<'p> {
     pub requests: Vec<ImageRequest>,
     /// What they share.
     pub parameters: GenerationParameters,
+    /// How they are computed.
+    pub batching: Batching,
     /// Whether a call ends after its last denoising step.
     pub denoise_only: bool,
 }
@@ -52,6 +55,8 @@ pub struct Call {
     pub stages: StageSeconds,
     /// Steps taken, which are calls of the UNet.
     pub num_steps: usize,
+    /// Steps that were replayed from a CUDA graph; not known of a call that ended after its last step.
+    pub replayed_steps: Option<usize>,
     #[serde(skip)]
     outputs: Outputs,
 }
@@ -97,6 +102,7 @@ impl Bench<'_> {
         let (mut first_step_seconds, mut denoised) = (None, (0.0, 0.0));
         let mut num_steps = 0;
         let mut latents = Ok(Vec::new());
+        self.pipeline.set_batching(self.batching);
         let generation = self.pipeline.generate(&self.requests, &self.parameters, &mut |progress| {
             first_step_seconds.get_or_insert_with(|| elapsed().0);
             num_steps = progress.num_steps;
@@ -110,10 +116,10 @@ impl Bench<'_> {
             StepControl::Continue
         });
         let (seconds, cpu_seconds) = elapsed();
-        let (stages, images) = match generation {
-            Ok(generation) => (generation.seconds, generation.images),
+        let (stages, images, replayed_steps) = match generation {
+            Ok(Generation { images, seconds, replayed_steps, .. }) => (seconds, images, Some(replayed_steps)),
             Err(PipelineError::Stopped { .. }) => {
-                (StageSeconds { denoise: denoised.0, ..StageSeconds::default() }, Vec::new())
+                (StageSeconds { denoise: denoised.0, ..StageSeconds::default() }, Vec::new(), None)
             }
             Err(error) => return Err(error.into()),
         };
@@ -127,6 +133,7 @@ impl Bench<'_> {
             denoised_cpu_seconds: denoised.1,
             stages,
             num_steps,
+            replayed_steps,
             outputs: self.outputs(&latents?, &pixels),
         })
     }
@@ -147,6 +154,38 @@ impl Bench<'_> {
 }
 
 impl Call {
+    /// The bits of one picture: its final latents and its pixels.
+    pub fn bits_of(&self, picture: usize) -> (Vec<u32>, Vec<u8>) {
+        let Outputs { latents, pixels, latents_shape, .. } = &self.outputs;
+        let part =
+            |length: usize| length / latents_shape[0] * picture..length / latents_shape[0] * (picture + 1);
+        (
+            latents[part(latents.len())].iter().map(|number| number.to_bits()).collect(),
+            pixels[part(pixels.len())].to_vec(),
+        )
+    }
+
+    /// How far the final latents are from those that [`Self::write_outputs`] wrote: the largest difference by their largest
+    /// value.
+    pub fn difference_from(&self, path: &Path) -> anyhow::Result<f64> {
+        let bytes = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+        let tensors = SafeTensors::deserialize(&bytes)?;
+        let reference = tensors.tensor("latents")?;
+        let reference: Vec<f32> =
+            reference.data().as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
+        let latents = &self.outputs.latents;
+        ensure!(reference.len() == latents.len(), "{} is of another size", path.display());
+        let largest = reference.iter().fold(0.0, |largest: f64, number| largest.max(f64::from(number.abs())));
+        let difference = |(ours, theirs): (&f32, &f32)| f64::from(ours - theirs).abs();
+        // `max` would pass over what is not a number.
+        Ok(latents
+            .iter()
+            .zip(&reference)
+            .map(difference)
+            .fold(0.0, |worst: f64, one| if one.is_nan() || one > worst { one } else { worst })
+            / largest)
+    }
+
     /// Writes the final latents and the pixels for another program to compare its own with.
     pub fn write_outputs(&self, path: &Path) -> anyhow::Result<()> {
         let Outputs { latents, pixels, latents_shape, pixels_shape } = &self.outputs;

@@ -8,7 +8,8 @@ use serde::Serialize;
 use super::measure::{Bench, Call};
 use super::{BenchArgs, memory};
 use crate::diffusion::config::ConfigFile;
-use crate::diffusion::device::device_memory_in_use;
+use crate::diffusion::cuda::Gpu;
+use crate::diffusion::device::{TORCH_VERSION, device_memory_in_use};
 use crate::diffusion::load_error::{Fault, LoadError};
 use crate::diffusion::models::autoencoder_kl::AutoencoderKLConfig;
 use crate::diffusion::models::clip_text_model::CLIPTextConfig;
@@ -39,6 +40,11 @@ pub struct Report {
     peak_tflops: Option<f64>,
     /// Whether calls ended after their last denoising step; what comes after it is not counted then either.
     denoise_only: bool,
+    /// The GPU, its driver and cuDNN, where there is one.
+    gpu: Option<Gpu>,
+    torch: &'static str,
+    /// How far the first call's final latents were from those of `--reference`, by their largest value.
+    pub difference_from_reference: Option<f64>,
     /// What one picture takes.
     flops: Option<PictureFlops>,
     /// One for each dtype and batch size.
@@ -79,6 +85,11 @@ pub struct Run {
     /// What computed: `plain`, or `fused` and what our own kernels were compiled for.
     kernels: String,
     batch_size: usize,
+    /// Pictures that the UNet was given at once, made-up ones included.
+    computed_at_once: usize,
+    /// Whether steps were to be launched as graphs, and how many of a call's were replayed from one.
+    graph: bool,
+    replayed_steps: Option<usize>,
     /// Making or reading the model; the same for all batch sizes of a dtype.
     load_seconds: f64,
     calls: usize,
@@ -181,6 +192,13 @@ impl Report {
             height: 0,
             peak_tflops: args.peak_tflops,
             denoise_only: args.denoise_only,
+            gpu: match args.device {
+                ComputeDevice::Cpu => None,
+                // The log has said already what is missing.
+                ComputeDevice::Cuda(index) => Gpu::describe(index).ok(),
+            },
+            torch: TORCH_VERSION,
+            difference_from_reference: None,
             flops: None,
             runs: Vec::new(),
             configs: Configs::read(folder)?,
@@ -213,16 +231,22 @@ impl Report {
         let mut table = format!(
             "{model}, {device}, {width}x{height}, {num_inference_steps} {scheduler} steps, guidance {guidance_scale}\n"
         );
-        let mut row = |cells: [&str; 11]| {
-            let [dtype, batch, cells @ ..] = cells;
-            let _ = write!(table, "{dtype:<5} {batch:>5}");
+        if let Some(difference) = self.difference_from_reference {
+            let _ = writeln!(
+                table,
+                "first latents differ from the reference by {difference:.1e} of their largest value"
+            );
+        }
+        let mut row = |cells: [&str; 12]| {
+            let [dtype, batch, graph, cells @ ..] = cells;
+            let _ = write!(table, "{dtype:<5} {batch:>5} {graph:>5}");
             for cell in cells {
                 let _ = write!(table, " {cell:>9}");
             }
             table.push('\n');
         };
         row([
-            "dtype", "batch", "s/call", "(min", "max)", "images/s", "TFLOP/s", "of peak", "denoise",
+            "dtype", "batch", "graph", "s/call", "(min", "max)", "images/s", "TFLOP/s", "of peak", "denoise",
             "decode", "MiB",
         ]);
         let seconds = |seconds: f64| format!("{seconds:.3}");
@@ -231,6 +255,7 @@ impl Report {
             row([
                 &run.dtype,
                 &run.batch_size.to_string(),
+                if run.graph { "on" } else { "off" },
                 &seconds(run.seconds.median),
                 &seconds(run.seconds.min),
                 &seconds(run.seconds.max),
@@ -265,6 +290,9 @@ impl Run {
             dtype: bench.dtype().to_string(),
             kernels: bench.pipeline.kernels(),
             batch_size: bench.batch_size(),
+            computed_at_once: bench.batching.batch_size(bench.batch_size()).unwrap_or(1),
+            graph: bench.batching.graph,
+            replayed_steps: calls[calls.len() - 1].replayed_steps,
             load_seconds,
             calls: calls.len(),
             seconds,

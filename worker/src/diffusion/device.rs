@@ -12,6 +12,8 @@ use std::sync::OnceLock;
 
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
 
+use super::cuda;
+
 /// The library that registers libtorch's CUDA kernels when it is opened.
 const CUDA_LIBRARY: &str = "libtorch_cuda.so";
 
@@ -66,7 +68,7 @@ pub enum DeviceError {
 }
 
 /// The libtorch that tch 0.24 is made for (its own documentation).
-const TORCH_VERSION: &str = "2.11.0";
+pub const TORCH_VERSION: &str = "2.11.0";
 
 /// The device that the models compute on. Parsed from `cpu`, `cuda` (the first GPU) or `cuda:N`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -95,6 +97,7 @@ impl ComputeDevice {
         if index >= device_count {
             return Err(DeviceError::NoSuchGpu { index, device_count });
         }
+        cuda::prepare(index);
         Ok(())
     }
 

@@ -2,29 +2,35 @@
 //! `pipelines/stable_diffusion/pipeline_stable_diffusion.py`).
 //!
 //! A picture depends on its request, the parameters, the weights and the kind of device, and on nothing else. So each
-//! picture has its own generator, its own noise scheduler and its own latents; prompts are encoded, latents decoded
-//! and pictures checked one by one. Only the UNet sees several pictures at once, and only on a GPU: on the CPU kernels
-//! choose their order of summation by the batch's shape and the number of threads, and a picture's last bits would
-//! depend on its neighbours and on the machine. There, pictures are denoised side by side instead, one thread each.
+//! picture has its own generator and its own latents; prompts are encoded and pictures checked one by one. Only the UNet and
+//! the VAE see several pictures at once, and only on a GPU: kernels choose their order of summation by the batch's shape,
+//! on the CPU also by the number of threads, and a picture's last bits would depend on its neighbours and on the
+//! machine. So on the CPU pictures are denoised side by side, one thread each, and a GPU can be given batches of one shape
+//! always ([`BatchSize::Padded`]).
 
+mod batched;
+mod batching;
 mod denoising;
 mod generation;
 mod loading;
 mod recipe;
+mod static_buffers;
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::time::Instant;
 
 use tch::{Device, Kind, TchError, Tensor};
 
-use self::denoising::Denoising;
+pub use self::batching::{BatchSize, Batching};
+use self::denoising::{Denoised, Denoising};
 pub use self::generation::{
     GeneratedImage, Generation, GenerationParameters, ImageError, ImageRequest, InputFault, NoiseKind,
     PipelineError, Stage, StageSeconds, StepControl, StepProgress, size_faults,
 };
 pub use self::loading::LoadOptions;
 pub use self::recipe::Recipe;
+use self::static_buffers::StaticBuffers;
 use super::clip_image_processor::{CLIPImageProcessor, RgbPixels};
 use super::clip_tokenizer::CLIPTokenizer;
 use super::device::{ComputeDevice, prepare_thread};
@@ -46,6 +52,9 @@ pub struct StableDiffusionPipeline {
     /// The negative prompt that was encoded last: most pictures of a process share one, the empty one. Written and read
     /// by [`StableDiffusionPipeline::encode_prompts`] alone.
     last_negative: RefCell<Option<(String, Encoded)>>,
+    batching: Cell<Batching>,
+    /// What the last batched call computed on, for the next.
+    buffers: RefCell<Option<StaticBuffers>>,
     scheduler_config: SchedulerConfig,
     /// Default height and width of the latents.
     sample_size: (i64, i64),
@@ -91,6 +100,16 @@ impl StableDiffusionPipeline {
         self.kernels.to_string()
     }
 
+    /// How the pictures of a call are computed; without a graph if one could not be made.
+    pub fn batching(&self) -> Batching {
+        self.batching.get()
+    }
+
+    /// Says how the pictures of the next calls are computed.
+    pub fn set_batching(&self, batching: Batching) {
+        self.batching.set(batching);
+    }
+
     /// Makes the pictures of one microbatch. `on_step` is called after each denoising step and can stop the call or
     /// drop pictures from it.
     ///
@@ -114,15 +133,30 @@ impl StableDiffusionPipeline {
             Denoising::start(self, requests, parameters, &encoded)?.run(on_step)
         })?;
 
-        let mut images = Vec::with_capacity(requests.len());
-        for (request, latents) in requests.iter().zip(denoised) {
-            let image = match latents {
-                Ok(latents) => self.finish(request, parameters, &latents, &encoded, &mut seconds)?,
-                Err(error) => Err(error),
-            };
-            images.push(image);
+        let Denoised { latents, batch_size, replayed_steps } = denoised;
+        let mut images: Vec<Option<Result<GeneratedImage, ImageError>>> =
+            requests.iter().map(|_| None).collect();
+        let mut to_decode = Vec::new();
+        for (index, latents) in latents.into_iter().enumerate() {
+            match latents {
+                Ok(latents) => to_decode.push((index, latents)),
+                Err(error) => images[index] = Some(Err(error)),
+            }
         }
-        Ok(Generation { images, seconds })
+        for group in to_decode.chunks(self.batching.get().decode_size.max(1)) {
+            let latents: Vec<&Tensor> = group.iter().map(|(_, latents)| latents).collect();
+            let pixels = self.decode(&latents, &mut seconds)?;
+            for (&(index, _), pixels) in group.iter().zip(pixels) {
+                images[index] = Some(match pixels {
+                    Some(pixels) => {
+                        self.finish(&requests[index], parameters, pixels, &encoded, &mut seconds)?
+                    }
+                    None => Err(ImageError::NonFinite { stage: Stage::VaeDecode }),
+                });
+            }
+        }
+        let images = images.into_iter().flatten().collect();
+        Ok(Generation { images, seconds, batch_size, replayed_steps })
     }
 
     /// The embedding of each different prompt and, with guidance, negative prompt of the requests.
@@ -166,23 +200,35 @@ impl StableDiffusionPipeline {
         Ok((self.text_encoder.forward(&input_ids)?, tokenized.truncated))
     }
 
-    /// Latents to a checked picture.
+    /// Each picture's latents to RGB bytes; `None` where the numbers are not finite.
+    fn decode(
+        &self,
+        latents: &[&Tensor],
+        seconds: &mut StageSeconds,
+    ) -> Result<Vec<Option<Vec<u8>>>, PipelineError> {
+        let batch_size = self.batching.get().decode_batch_size(latents.len());
+        let (image, are_finite) = timed(&mut seconds.vae_decode, || -> Result<_, TchError> {
+            let rows: Vec<&Tensor> =
+                (0..batch_size).map(|i| *latents.get(i).unwrap_or(&latents[0])).collect();
+            let image = self.vae.decode(&Tensor::f_cat(&rows, 0)?)?;
+            let are_finite = image.f_isfinite()?.f_flatten(1, -1)?.f_all_dim(1, false)?;
+            Ok((image, Vec::<bool>::try_from(are_finite.f_to_device(Device::Cpu)?)?))
+        })?;
+        let bytes = timed(&mut seconds.to_host, || to_pixels(&image))?;
+        let per_picture = bytes.len() / batch_size;
+        let pictures = bytes.chunks_exact(per_picture).zip(are_finite).take(latents.len());
+        Ok(pictures.map(|(bytes, is_finite)| is_finite.then(|| bytes.to_vec())).collect())
+    }
+
+    /// RGB bytes to a checked picture.
     fn finish(
         &self,
         request: &ImageRequest,
         parameters: &GenerationParameters,
-        latents: &Tensor,
+        mut pixels: Vec<u8>,
         encoded: &HashMap<&str, Encoded>,
         seconds: &mut StageSeconds,
     ) -> Result<Result<GeneratedImage, ImageError>, PipelineError> {
-        let decoded = timed(&mut seconds.vae_decode, || -> Result<_, TchError> {
-            let image = self.vae.decode(latents)?;
-            Ok(is_finite(&image)?.then_some(image))
-        })?;
-        let Some(image) = decoded else {
-            return Ok(Err(ImageError::NonFinite { stage: Stage::VaeDecode }));
-        };
-        let mut pixels = timed(&mut seconds.to_host, || to_pixels(&image))?;
         let safety = match timed(&mut seconds.safety_checker, || self.run_safety_checker(&pixels, parameters))
         {
             Ok(verdict) => verdict,
@@ -247,7 +293,7 @@ fn is_finite(tensor: &Tensor) -> Result<bool, TchError> {
     Ok(tensor.f_isfinite()?.f_all()?.f_int64_value(&[])? != 0)
 }
 
-/// The VAE's output `(1, 3, height, width)` in -1..1 to RGB bytes, row by row, rounded as diffusers rounds
+/// The VAE's output `(batch_size, 3, height, width)` in -1..1 to RGB bytes, picture by picture, row by row, rounded as diffusers rounds
 /// (`VaeImageProcessor.postprocess`); others truncate. The bytes are made where the image is: a GPU hands over a quarter
 /// of what the image in f32 would be.
 fn to_pixels(image: &Tensor) -> Result<Vec<u8>, TchError> {
@@ -255,13 +301,12 @@ fn to_pixels(image: &Tensor) -> Result<Vec<u8>, TchError> {
         .f_mul_scalar(0.5)?
         .f_add_scalar(0.5)?
         .f_clamp(0.0, 1.0)?
-        .f_select(0, 0)?
-        .f_permute([1, 2, 0])?
+        .f_permute([0, 2, 3, 1])?
         .f_to_kind(Kind::Float)?
         .f_mul_scalar(255.0)?
         .f_round()?
         .f_to_kind(Kind::Uint8)?
         .f_contiguous()?
         .f_to_device(Device::Cpu)?;
-    Vec::try_from(bytes.f_flatten(0, 2)?)
+    Vec::try_from(bytes.f_flatten(0, -1)?)
 }

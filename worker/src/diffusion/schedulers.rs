@@ -36,6 +36,7 @@ mod ddim;
 mod dpmsolver_multistep;
 mod euler_ancestral_discrete;
 mod euler_discrete;
+mod linear;
 mod lms_discrete;
 mod noise_schedule;
 mod pndm;
@@ -44,6 +45,7 @@ mod spacing;
 mod unipc_multistep;
 
 pub use config::SchedulerConfig;
+pub use linear::{LinearStep, LinearSteps};
 
 /// Why a noise scheduler could not be built or could not step.
 #[derive(Debug, thiserror::Error)]
@@ -121,6 +123,11 @@ pub trait Scheduler {
     /// What each step does, where all of them are weighted sums of samples and of the last few outputs, for
     /// [`super::kernels::Multistep`]; the state of the steps is not in it. `None` for all but PNDM without Runge-Kutta steps.
     fn multistep_rows(&self) -> Result<Option<Vec<MultistepRow>>, SchedulerError> {
+        Ok(None)
+    }
+
+    /// All steps as sums with numbers known ahead, for a scheduler that has taken none yet; `None` if they are not written so.
+    fn linear_steps(&self) -> Result<Option<LinearSteps>, SchedulerError> {
         Ok(None)
     }
 

@@ -72,6 +72,7 @@ pub fn picture(spec: &ValidJobSpec) -> GeneratedImage {
         prompt_truncated: false,
         dtype: "f32".to_owned(),
         recipe: spec.recipe(),
+        engine: None,
     }
 }
 

@@ -27,6 +27,17 @@ impl KeyValue {
         Ok(Self { key: rows(&self.key)?, value: rows(&self.value)? })
     }
 
+    /// How many.
+    pub fn num_rows(&self) -> i64 {
+        self.key.size()[0]
+    }
+
+    /// Takes over the numbers of `other`, of the same shape, into the tensors that are here.
+    pub fn copy_from(&mut self, other: &Self) -> Result<(), TchError> {
+        self.key.f_copy_(&other.key)?;
+        self.value.f_copy_(&other.value)
+    }
+
     /// Those of several pictures as those of a batch.
     pub fn cat(parts: &[&Self]) -> Result<Self, TchError> {
         let cat = |part: fn(&Self) -> &Tensor| {
@@ -156,6 +167,16 @@ fn attend(query: &Tensor, text: &KeyValue) -> Result<Tensor, TchError> {
     attended.f_transpose(1, 2)?.f_flatten(2, 3)
 }
 
+/// What is the same for two texts, as often as there are texts.
+pub fn for_each_text(hidden_states: Tensor, text: Option<&KeyValue>) -> Result<Tensor, TchError> {
+    match text {
+        Some(text) if text.num_rows() == 2 * hidden_states.size()[0] => {
+            Tensor::f_cat(&[&hidden_states, &hidden_states], 0)
+        }
+        _ => Ok(hidden_states),
+    }
+}
+
 /// `FeedForward` with `GEGLU`: one half of a projection gates the other.
 #[derive(Debug)]
 struct FeedForward {
@@ -259,9 +280,11 @@ impl BasicTransformerBlock {
         self.attn2.project(encoder_hidden_states)
     }
 
-    /// `(batch_size, sequence_length, dim)` to the same shape. Attends to `text`, or to itself once more without one.
+    /// `(batch_size, sequence_length, dim)` to the same shape. Attends to `text`, or to itself once more without one. Where
+    /// `text` has twice the rows, its halves are two texts for the same samples, and so are those of what comes out.
     pub fn forward(&self, hidden_states: &Tensor, text: Option<&KeyValue>) -> Result<Tensor, TchError> {
         let attended = self.attn1.forward(&self.norm1.forward(hidden_states)?)?.f_add_(hidden_states)?;
+        let attended = for_each_text(attended, text)?;
         let normalized = self.norm2.forward(&attended)?;
         let attended = match text {
             Some(text) => self.attn2.forward(&normalized, text)?,

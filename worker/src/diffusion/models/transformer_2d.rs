@@ -5,7 +5,7 @@ use tch::{TchError, Tensor};
 use super::super::kernels::Kernels;
 use super::super::nn::{GroupNorm, Linear};
 use super::super::weights::Weights;
-use super::attention::{BasicTransformerBlock, KeyValue};
+use super::attention::{BasicTransformerBlock, KeyValue, for_each_text};
 
 /// Epsilon of the GroupNorm before the blocks, which is not the ResNets' (diffusers'
 /// `_init_continuous_input`).
@@ -84,7 +84,7 @@ impl Transformer2DModel {
     }
 
     /// `(batch_size, channels, height, width)` to the same shape. Attends to `text`, one for each block, or to itself
-    /// where there is none.
+    /// where there is none. With twice the rows in `text`, the output has as many: see [`BasicTransformerBlock::forward`].
     pub fn forward(&self, hidden_states: &Tensor, text: &[KeyValue]) -> Result<Tensor, TchError> {
         let (batch_size, channels, height, width) = hidden_states.size4()?;
         let normalized = self.norm.forward(hidden_states)?;
@@ -99,8 +99,8 @@ impl Transformer2DModel {
             }
         }
         let projected = self.proj_out.forward(&sequence)?;
-        let map = projected.f_view([batch_size, height, width, channels])?.f_permute([0, 3, 1, 2])?;
+        let map = projected.f_view([-1, height, width, channels])?.f_permute([0, 3, 1, 2])?;
         // In this order, as the sum is laid out in memory like its first term.
-        hidden_states.f_add(&map)
+        for_each_text(hidden_states.shallow_clone(), text.first())?.f_add(&map)
     }
 }

@@ -49,7 +49,45 @@ pub struct UNetText {
     up: Vec<TransformerTexts>,
 }
 
+impl UNetTime {
+    /// All its vectors in one, one after the other.
+    pub fn flatten(&self) -> Result<Tensor, TchError> {
+        Tensor::f_cat(&self.blocks().flatten().collect::<Vec<_>>(), 0)
+    }
+
+    /// One like this whose vectors are parts of `flat`, which is as [`Self::flatten`] gives it.
+    pub fn in_place_of(&self, flat: &Tensor) -> Result<Self, TchError> {
+        let mut start = 0;
+        let mut part = |vector: &Tensor| {
+            let length = vector.size1()?;
+            start += length;
+            flat.f_narrow(0, start - length, length)
+        };
+        let mut blocks = self.blocks().map(|block| block.iter().map(&mut part).collect());
+        let mut next = || blocks.next().unwrap_or_else(|| Ok(Vec::new()));
+        let down = self.down.iter().map(|_| next()).collect::<Result<_, _>>()?;
+        Ok(Self { down, mid: next()?, up: self.up.iter().map(|_| next()).collect::<Result<_, _>>()? })
+    }
+
+    fn blocks(&self) -> impl Iterator<Item = &Vec<Tensor>> {
+        self.down.iter().chain([&self.mid]).chain(&self.up)
+    }
+}
+
 impl UNetText {
+    /// How many rows it has; `None` if the UNet attends to no text.
+    pub fn num_rows(&self) -> Option<i64> {
+        let mut layers = self.down.iter().chain([&self.mid]).chain(&self.up).flatten().flatten();
+        layers.next().map(KeyValue::num_rows)
+    }
+
+    /// Takes over the numbers of `other`, of the same shapes, into the tensors that are here.
+    pub fn copy_from(&mut self, other: &Self) -> Result<(), TchError> {
+        let ours = self.down.iter_mut().chain([&mut self.mid]).chain(&mut self.up).flatten().flatten();
+        let theirs = other.down.iter().chain([&other.mid]).chain(&other.up).flatten().flatten();
+        ours.zip(theirs).try_for_each(|(ours, theirs)| ours.copy_from(theirs))
+    }
+
     /// Some of the rows.
     pub fn narrow(&self, start: i64, length: i64) -> Result<Self, TchError> {
         let layers =
@@ -158,8 +196,11 @@ impl UNet2DConditionModel {
 
     /// The noise predicted in `sample`, of the same shape `(batch_size, in_channels, height, width)` and dtype. `time`
     /// is the same for the whole batch, `text` has as many rows.
+    ///
+    /// Or twice as many: then its halves are two texts for the same samples, and the halves of what comes out are the
+    /// predictions with each. What comes before the first look at a text is computed once for both.
     pub fn forward(&self, sample: &Tensor, time: &UNetTime, text: &UNetText) -> Result<Tensor, TchError> {
-        let first = self.conv_in(sample)?;
+        let first = self.conv_in(sample, text)?;
         let deep = self.forward_deep(&first, time, text)?;
         self.forward_outermost(&first, &deep, time, text)
     }
@@ -171,7 +212,7 @@ impl UNet2DConditionModel {
         time: &UNetTime,
         text: &UNetText,
     ) -> Result<(Tensor, Tensor), TchError> {
-        let first = self.conv_in(sample)?;
+        let first = self.conv_in(sample, text)?;
         let deep = self.forward_deep(&first, time, text)?;
         Ok((self.forward_outermost(&first, &deep, time, text)?, deep))
     }
@@ -184,14 +225,21 @@ impl UNet2DConditionModel {
         time: &UNetTime,
         text: &UNetText,
     ) -> Result<Tensor, TchError> {
-        self.forward_outermost(&self.conv_in(sample)?, deep, time, text)
+        self.forward_outermost(&self.conv_in(sample, text)?, deep, time, text)
     }
 
-    fn conv_in(&self, sample: &Tensor) -> Result<Tensor, TchError> {
-        if self.center_input_sample {
-            return self.conv_in.forward(&sample.f_mul_scalar(2.0)?.f_sub_scalar(1.0)?);
+    /// The first convolution; a row for each of `sample`, even where there are two texts for it, if the next layers can do
+    /// with that.
+    fn conv_in(&self, sample: &Tensor, text: &UNetText) -> Result<Tensor, TchError> {
+        let first = if self.center_input_sample {
+            self.conv_in.forward(&sample.f_mul_scalar(2.0)?.f_sub_scalar(1.0)?)?
+        } else {
+            self.conv_in.forward(sample)?
+        };
+        match self.down_blocks.first() {
+            Some(DownBlock::CrossAttn(_)) => Ok(first),
+            _ => with_rows(&first, text.num_rows()),
         }
-        self.conv_in.forward(sample)
     }
 
     /// The last layer of the last up block, and the output convolution. `first` is [`Self::conv_in`]'s output, `deep`
@@ -204,7 +252,9 @@ impl UNet2DConditionModel {
         text: &UNetText,
     ) -> Result<Tensor, TchError> {
         let hidden_states = match (self.up_blocks.last(), time.up.last(), text.up.last()) {
-            (Some(block), Some(time), Some(text)) => block.forward_last(deep, time, first, text)?,
+            (Some(block), Some(time), Some(text)) => {
+                block.forward_last(deep, time, &with_rows(first, deep.size().first().copied())?, text)?
+            }
             _ => deep.shallow_clone(),
         };
         self.conv_out.forward(&self.conv_norm_out.forward_silu(&hidden_states, None)?)
@@ -241,6 +291,14 @@ impl UNet2DConditionModel {
         }
         Ok(hidden_states)
     }
+}
+
+/// `tensor`, or twice that where it has half of `num_rows`.
+fn with_rows(tensor: &Tensor, num_rows: Option<i64>) -> Result<Tensor, TchError> {
+    if num_rows == Some(2 * tensor.size()[0]) {
+        return Tensor::f_cat(&[tensor, tensor], 0);
+    }
+    Ok(tensor.shallow_clone())
 }
 
 /// The ResNets of down and up blocks.

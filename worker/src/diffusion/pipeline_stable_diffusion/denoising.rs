@@ -6,10 +6,11 @@ use std::collections::HashMap;
 
 use tch::{TchError, Tensor};
 
-use super::super::device::{ComputeDevice, pictures_at_once, prepare_thread};
+use super::super::device::{pictures_at_once, prepare_thread};
 use super::super::models::unet_2d_condition::{UNet2DConditionModel, UNetText, UNetTime};
 use super::super::rng::Generator;
 use super::super::schedulers::Scheduler;
+use super::batched::Batch;
 use super::generation::{
     GenerationParameters, ImageError, ImageRequest, PipelineError, Stage, StepControl, StepProgress,
 };
@@ -17,21 +18,23 @@ use super::recipe::Recipe;
 use super::{Encoded, StableDiffusionPipeline, is_finite};
 
 /// One picture on its way from noise to latents.
-struct Picture {
+pub(super) struct Picture {
     /// Its request's index.
     index: usize,
+    /// Its row, if all are computed together.
+    pub slot: usize,
     /// `(1, latent_channels, height, width)` in the compute dtype.
-    latents: Tensor,
-    generator: Generator,
+    pub latents: Tensor,
+    pub generator: Generator,
     scheduler: Box<dyn Scheduler + Send>,
     /// What the UNet attends to: one row, or two with guidance, the negative prompt's first.
-    text: UNetText,
+    pub text: UNetText,
     /// Its last row, for steps without guidance of a picture that has some.
     text_alone: Option<UNetText>,
     /// What the UNet's inner layers made at the last step that ran them all, if a later one will use it.
     deep: Option<Tensor>,
     /// `None` without guidance.
-    guidance_scale: Option<f64>,
+    pub guidance_scale: Option<f64>,
 }
 
 /// The pictures of a call that are being denoised, and what became of the others.
@@ -40,10 +43,20 @@ pub(super) struct Denoising<'p> {
     pictures: Vec<Picture>,
     /// What the UNet makes of each step, in the order of the steps.
     times: Vec<UNetTime>,
-    /// On a GPU, the texts of all `pictures` in one, and whether they are those of steps with guidance.
-    text_together: Option<(bool, UNetText)>,
+    /// All pictures together; `None` if each is computed alone.
+    batch: Option<Batch>,
     recipe: Recipe,
     finished: Vec<Result<Tensor, ImageError>>,
+}
+
+/// What became of all pictures.
+pub(super) struct Denoised {
+    /// The latents of each request's picture, or why there are none.
+    pub latents: Vec<Result<Tensor, ImageError>>,
+    /// Pictures that the UNet was given at once, made-up ones included.
+    pub batch_size: usize,
+    /// Steps that were replayed from a CUDA graph.
+    pub replayed_steps: usize,
 }
 
 impl<'p> Denoising<'p> {
@@ -60,10 +73,16 @@ impl<'p> Denoising<'p> {
         }
         let timesteps = pictures.first().map_or(&[][..], |picture| picture.scheduler.timesteps());
         let times = pipeline.unet.embed_timesteps(timesteps, pipeline.options.dtype.to_tch())?;
+        let batch = match pipeline.batching.get().batch_size(pictures.len()) {
+            Some(batch_size) if !pictures.is_empty() => {
+                Some(Batch::start(pipeline, &mut pictures, batch_size, parameters, &times)?)
+            }
+            _ => None,
+        };
         Ok(Self {
             pipeline,
             times,
-            text_together: None,
+            batch,
             recipe: parameters.recipe,
             // What a picture dropped before its first step would be; each is overwritten below.
             finished: requests.iter().map(|_| Err(ImageError::Dropped { step_index: 0 })).collect(),
@@ -71,30 +90,16 @@ impl<'p> Denoising<'p> {
         })
     }
 
-    /// Takes all steps; the latents of each request's picture, or why there are none.
+    /// Takes all steps.
     pub(super) fn run(
         mut self,
         on_step: &mut dyn FnMut(&StepProgress<'_>) -> StepControl,
-    ) -> Result<Vec<Result<Tensor, ImageError>>, PipelineError> {
-        let num_steps = self.times.len();
-        for (step_index, time) in std::mem::take(&mut self.times).iter().enumerate() {
-            let step = Step::of(&self.recipe, step_index, num_steps);
-            match self.pipeline.options.device {
-                ComputeDevice::Cuda(_) => self.step_together(step, time)?,
-                ComputeDevice::Cpu => {
-                    step_side_by_side(&self.pipeline.unet, &mut self.pictures, step, time)?;
-                }
-            }
-            let active: Vec<usize> = self.pictures.iter().map(|picture| picture.index).collect();
-            let latents: Vec<&Tensor> = self.pictures.iter().map(|picture| &picture.latents).collect();
-            match on_step(&StepProgress { step_index, num_steps, active: &active, latents: &latents }) {
-                StepControl::Continue => {}
-                StepControl::Stop => return Err(PipelineError::Stopped { step_index }),
-                StepControl::Drop(dropped) => self.drop_pictures(&dropped, step_index),
-            }
-            if self.pictures.is_empty() {
-                break;
-            }
+    ) -> Result<Denoised, PipelineError> {
+        let stopped_at = self.take_steps(on_step)?;
+        // After an error it is dropped: who knows in what state it is.
+        let (batch_size, replayed_steps) = self.batch.map_or((1, 0), |batch| batch.end(self.pipeline));
+        if let Some(step_index) = stopped_at {
+            return Err(PipelineError::Stopped { step_index });
         }
         for picture in self.pictures {
             self.finished[picture.index] = if is_finite(&picture.latents)? {
@@ -103,56 +108,56 @@ impl<'p> Denoising<'p> {
                 Err(ImageError::NonFinite { stage: Stage::Denoise })
             };
         }
-        Ok(self.finished)
+        Ok(Denoised { latents: self.finished, batch_size, replayed_steps })
     }
 
-    /// Gives up some pictures; what they computed so far is freed at once.
+    /// Takes all steps, or those until `on_step` says to stop: then it is that step's index.
+    fn take_steps(
+        &mut self,
+        on_step: &mut dyn FnMut(&StepProgress<'_>) -> StepControl,
+    ) -> Result<Option<usize>, PipelineError> {
+        let num_steps = self.times.len();
+        for step_index in 0..num_steps {
+            let step = Step::of(&self.recipe, step_index, num_steps);
+            match &mut self.batch {
+                Some(batch) => batch.step(self.pipeline, &mut self.pictures, step)?,
+                None => {
+                    let time = &self.times[step_index];
+                    step_side_by_side(&self.pipeline.unet, &mut self.pictures, step, time)?;
+                }
+            }
+            let active: Vec<usize> = self.pictures.iter().map(|picture| picture.index).collect();
+            let latents: Vec<&Tensor> = self.pictures.iter().map(|picture| &picture.latents).collect();
+            match on_step(&StepProgress { step_index, num_steps, active: &active, latents: &latents }) {
+                StepControl::Continue => {}
+                StepControl::Stop => return Ok(Some(step_index)),
+                StepControl::Drop(dropped) => self.drop_pictures(&dropped, step_index),
+            }
+            if self.pictures.is_empty() {
+                break;
+            }
+        }
+        Ok(None)
+    }
+
+    /// Gives up some pictures. Alone, nothing more is computed for them; in a batch their rows stay, as its shape does.
     fn drop_pictures(&mut self, dropped: &[usize], step_index: usize) {
         for picture in self.pictures.extract_if(.., |picture| dropped.contains(&picture.index)) {
             self.finished[picture.index] = Err(ImageError::Dropped { step_index });
         }
-        self.text_together = None;
-    }
-
-    /// One denoising step in which the UNet sees all pictures at once.
-    fn step_together(&mut self, step: Step, time: &UNetTime) -> Result<(), PipelineError> {
-        let inputs = self.pictures.iter().map(|picture| picture.model_input(step));
-        let inputs = inputs.collect::<Result<Vec<_>, _>>()?;
-        // All have guidance or none has, so all inputs have as many rows.
-        let Some(rows) = inputs.first().and_then(|input| input.size().first().copied()) else {
-            return Ok(());
-        };
-        let text = match self.text_together.take() {
-            Some((is_guided, text)) if is_guided == step.is_guided => text,
-            _ => UNetText::cat(&self.pictures.iter().map(|picture| picture.text(step)).collect::<Vec<_>>())?,
-        };
-        let deep: Vec<&Tensor> = self.pictures.iter().filter_map(|picture| picture.deep.as_ref()).collect();
-        let mut deep = if step.is_cached { Some(Tensor::f_cat(&deep, 0)?) } else { None };
-        let noise_pred =
-            step.predict(&self.pipeline.unet, &Tensor::f_cat(&inputs, 0)?, time, &text, &mut deep)?;
-        if let (false, Some(deep)) = (step.is_cached, deep) {
-            for (picture, deep) in self.pictures.iter_mut().zip(deep.f_split(rows, 0)?) {
-                picture.deep = Some(deep);
-            }
-        }
-        for (picture, noise_pred) in self.pictures.iter_mut().zip(noise_pred.f_split(rows, 0)?) {
-            picture.step(&noise_pred, step)?;
-        }
-        self.text_together = Some((step.is_guided, text));
-        Ok(())
     }
 }
 
 /// What a step is, by its place in the schedule and the recipe.
 #[derive(Debug, Clone, Copy)]
-struct Step {
-    index: usize,
+pub(super) struct Step {
+    pub index: usize,
     /// Whether pictures that have guidance have it here.
-    is_guided: bool,
+    pub is_guided: bool,
     /// Whether only the UNet's outermost layer is run.
-    is_cached: bool,
+    pub is_cached: bool,
     /// Whether what the inner layers make is needed later.
-    is_kept: bool,
+    pub is_kept: bool,
 }
 
 impl Step {
@@ -167,7 +172,7 @@ impl Step {
     }
 
     /// The UNet's prediction; `deep` is what its inner layers make, read or written as the step is.
-    fn predict(
+    pub(super) fn predict(
         self,
         unet: &UNet2DConditionModel,
         sample: &Tensor,
@@ -222,7 +227,8 @@ impl Picture {
             Some(_) if !is_always_guided => Some(text.narrow(1, 1)?),
             _ => None,
         };
-        Ok(Self { index, latents, generator, scheduler, text, text_alone, deep: None, guidance_scale })
+        let deep = None;
+        Ok(Self { index, slot: index, latents, generator, scheduler, text, text_alone, deep, guidance_scale })
     }
 
     /// The weight of guidance, if the step has it.
@@ -230,21 +236,12 @@ impl Picture {
         self.guidance_scale.filter(|_| step.is_guided)
     }
 
-    /// What the UNet attends to, as many rows as [`Self::model_input`] has.
+    /// What the UNet attends to; with guidance, two texts for one sample.
     fn text(&self, step: Step) -> &UNetText {
         self.text_alone.as_ref().filter(|_| !step.is_guided).unwrap_or(&self.text)
     }
 
-    /// What the UNet is shown, as many times as it has embeddings to predict with.
-    fn model_input(&self, step: Step) -> Result<Tensor, PipelineError> {
-        let scaled = self.scheduler.scale_model_input(&self.latents, step.index)?;
-        match self.guidance_scale(step) {
-            Some(_) => Ok(Tensor::f_cat(&[&scaled, &scaled], 0)?),
-            None => Ok(scaled),
-        }
-    }
-
-    /// Applies the UNet's prediction, of the shape of [`Self::model_input`].
+    /// Applies the UNet's prediction, a row for each text.
     fn step(&mut self, noise_pred: &Tensor, step: Step) -> Result<(), PipelineError> {
         let guided = match self.guidance_scale(step) {
             Some(guidance_scale) => {
@@ -273,7 +270,8 @@ fn step_side_by_side(
     let shared = ReadByMany((unet, time));
     for_each_side_by_side(pictures, pictures_at_once(), &|picture: &mut Picture| {
         let (unet, time) = shared.get();
-        let (input, mut deep) = (picture.model_input(step)?, picture.deep.take());
+        let input = picture.scheduler.scale_model_input(&picture.latents, step.index)?;
+        let mut deep = picture.deep.take();
         let noise_pred = step.predict(unet, &input, time, picture.text(step), &mut deep)?;
         picture.deep = deep;
         picture.step(&noise_pred, step)

@@ -131,6 +131,10 @@ pub struct Generation {
     pub images: Vec<Result<GeneratedImage, ImageError>>,
     /// Where the time went.
     pub seconds: StageSeconds,
+    /// Pictures that the UNet was given at once, made-up ones included.
+    pub batch_size: usize,
+    /// Denoising steps that were replayed from a CUDA graph.
+    pub replayed_steps: usize,
 }
 
 /// A picture and what is known about it.

@@ -1,6 +1,6 @@
 //! Reads a checkpoint's folder in the layout of diffusers' `save_pretrained`.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::path::Path;
 use std::time::Instant;
 
@@ -21,7 +21,7 @@ use super::super::models::unet_2d_config::UNet2DConditionConfig;
 use super::super::safety_checker::{SafetyCheckerConfig, StableDiffusionSafetyChecker};
 use super::super::schedulers::SchedulerConfig;
 use super::super::weights::{WeightFile, Weights};
-use super::StableDiffusionPipeline;
+use super::{Batching, StableDiffusionPipeline};
 
 /// Where and in which precision to compute.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -190,6 +190,8 @@ impl<'d> Loading<'d> {
                 None => None,
             },
             last_negative: RefCell::default(),
+            batching: Cell::new(Batching::of(self.options.device)),
+            buffers: RefCell::default(),
             scheduler_config: scheduler_config?,
             sample_size: unet_config.sample_size,
             latent_channels: vae_config.latent_channels,

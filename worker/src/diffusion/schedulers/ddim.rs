@@ -2,6 +2,7 @@
 
 use tch::Tensor;
 
+use super::linear::{LinearStep, LinearSteps};
 use super::noise_schedule::NoiseSchedule;
 use super::scalar::{one_minus, scalar, sqrt};
 use super::spacing::{TimestepSpacing, rounded};
@@ -68,6 +69,31 @@ impl Scheduler for DDIMScheduler {
         };
         let pred_sample_direction = sqrt(&one_minus(&alpha_prod_t_prev)?)?.f_mul(&pred_epsilon)?;
         Ok(sqrt(&alpha_prod_t_prev)?.f_mul(&pred_original_sample)?.f_add(&pred_sample_direction)?)
+    }
+
+    fn linear_steps(&self) -> Result<Option<LinearSteps>, SchedulerError> {
+        let step_ratio = (self.schedule.num_train_timesteps / self.num_inference_steps) as i64;
+        let step = |timestep: &f64| {
+            let prev_timestep = *timestep as i64 - step_ratio;
+            let alpha = self.schedule.alpha_prod_f64(*timestep as i64)?;
+            let alpha_prev = if prev_timestep >= 0 {
+                self.schedule.alpha_prod_f64(prev_timestep)?
+            } else {
+                self.final_alpha_cumprod.f_double_value(&[])?
+            };
+            let (signal, noise) = (alpha.sqrt(), (1.0 - alpha).sqrt());
+            let (signal_prev, noise_prev) = (alpha_prev.sqrt(), (1.0 - alpha_prev).sqrt());
+            // Weights of the sample and of the output.
+            let row = match self.prediction_type {
+                PredictionType::Epsilon => [signal_prev / signal, noise_prev - signal_prev * noise / signal],
+                PredictionType::VPrediction => {
+                    [signal_prev * signal + noise_prev * noise, noise_prev * signal - signal_prev * noise]
+                }
+            };
+            Ok(LinearStep { input_scale: 1.0, rows: vec![row.to_vec()] })
+        };
+        let steps = self.timesteps.iter().map(step).collect::<Result<_, SchedulerError>>()?;
+        Ok(Some(LinearSteps { num_rows: 1, steps }))
     }
 
     fn add_noise(

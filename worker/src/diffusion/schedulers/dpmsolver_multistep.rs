@@ -3,6 +3,7 @@
 
 use tch::{Kind, Tensor};
 
+use super::linear::{LinearStep, LinearSteps};
 use super::noise_schedule::NoiseSchedule;
 use super::scalar::{log_ratio, scalar, sigma_to_alpha_sigma_t};
 use super::spacing::{
@@ -66,6 +67,14 @@ impl SolverSchedule {
     /// `(alpha_t, sigma_t)` at an index of the noise levels.
     pub(super) fn alpha_sigma(&self, index: usize) -> Result<(Tensor, Tensor), SchedulerError> {
         Ok(sigma_to_alpha_sigma_t(&scalar(self.sigmas[index]))?)
+    }
+
+    /// As [`Self::alpha_sigma`], in numbers, and the logarithm of their ratio.
+    fn alpha_sigma_lambda(&self, index: usize) -> (f64, f64, f64) {
+        let sigma = f64::from(self.sigmas[index]);
+        let alpha_t = 1.0 / (sigma * sigma + 1.0).sqrt();
+        let sigma_t = sigma * alpha_t;
+        (alpha_t, sigma_t, alpha_t.ln() - sigma_t.ln())
     }
 
     /// `convert_model_output`: the picture that the model's output implies.
@@ -181,6 +190,37 @@ impl Scheduler for DPMSolverMultistepScheduler {
             _ => first_order,
         };
         Ok(prev_sample.f_to_kind(m0.kind())?)
+    }
+
+    fn linear_steps(&self) -> Result<Option<LinearSteps>, SchedulerError> {
+        let num_steps = self.schedule.timesteps.len();
+        let step = |step_index: usize| {
+            let (alpha_t, sigma_t, lambda_t) = self.schedule.alpha_sigma_lambda(step_index + 1);
+            let (alpha_s0, sigma_s0, lambda_s0) = self.schedule.alpha_sigma_lambda(step_index);
+            let h = lambda_t - lambda_s0;
+            let weight = alpha_t * (-h).exp_m1();
+            // Weights of the sample, of the last step's x0 and of the output: of this step's x0, and of the next sample.
+            let x0 = match self.schedule.prediction_type {
+                PredictionType::Epsilon => [1.0 / alpha_s0, 0.0, -sigma_s0 / alpha_s0],
+                PredictionType::VPrediction => [alpha_s0, 0.0, -sigma_s0],
+            };
+            let is_first_order = step_index == 0 || (step_index + 1 == num_steps && self.first_order_last);
+            let difference = if is_first_order {
+                0.0
+            } else {
+                let (_, _, lambda_s1) = self.schedule.alpha_sigma_lambda(step_index - 1);
+                let r0 = (lambda_s0 - lambda_s1) / h;
+                match self.solver_type {
+                    SolverType::Midpoint => -0.5 * weight / r0,
+                    SolverType::Heun => alpha_t * ((-h).exp_m1() / h + 1.0) / r0,
+                }
+            };
+            let mut sample = x0.map(|part| part * (difference - weight));
+            sample[0] += sigma_t / sigma_s0;
+            sample[1] -= difference;
+            LinearStep { input_scale: 1.0, rows: vec![sample.to_vec(), x0.to_vec()] }
+        };
+        Ok(Some(LinearSteps { num_rows: 2, steps: (0..num_steps).map(step).collect() }))
     }
 
     fn add_noise(

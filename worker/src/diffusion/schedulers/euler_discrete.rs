@@ -3,6 +3,7 @@
 
 use tch::{Kind, TchError, Tensor};
 
+use super::linear::{LinearStep, LinearSteps};
 use super::noise_schedule::NoiseSchedule;
 use super::scalar::{scalar, sqrt, square};
 use super::spacing::{
@@ -152,6 +153,24 @@ impl Scheduler for EulerDiscreteScheduler {
         let derivative = sample.f_sub(&pred_original_sample)?.f_div(&sigma_hat)?;
         let prev_sample = sample.f_add(&derivative.f_mul(&scalar(next - sigma))?)?;
         Ok(prev_sample.f_to_kind(model_output.kind())?)
+    }
+
+    fn linear_steps(&self) -> Result<Option<LinearSteps>, SchedulerError> {
+        let step = |step_index: usize| {
+            let sigma = f64::from(self.schedule.sigma(step_index));
+            let delta = f64::from(self.schedule.sigma(step_index + 1)) - sigma;
+            let variance = sigma * sigma + 1.0;
+            // Weights of the sample and of the output.
+            let row = match self.schedule.prediction_type {
+                PredictionType::Epsilon => [1.0, delta],
+                PredictionType::VPrediction => {
+                    [1.0 + delta / sigma * (1.0 - 1.0 / variance), delta / variance.sqrt()]
+                }
+            };
+            LinearStep { input_scale: 1.0 / variance.sqrt(), rows: vec![row.to_vec()] }
+        };
+        let steps = (0..self.schedule.timesteps.len()).map(step).collect();
+        Ok(Some(LinearSteps { num_rows: 1, steps }))
     }
 
     fn add_noise(

@@ -64,6 +64,11 @@ impl NoiseSchedule {
         self.alphas_cumprod.f_select(0, timestep)
     }
 
+    /// `alphas_cumprod[timestep]` as a number.
+    pub(super) fn alpha_prod_f64(&self, timestep: i64) -> Result<f64, TchError> {
+        self.alphas_cumprod.f_double_value(&[timestep])
+    }
+
     /// `add_noise` of the schedulers that know the training step rather than a sigma.
     pub(super) fn add_noise(
         &self,

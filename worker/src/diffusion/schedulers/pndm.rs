@@ -5,6 +5,7 @@
 use tch::Tensor;
 
 use super::super::kernels::{HISTORY, MultistepRow};
+use super::linear::{LinearStep, LinearSteps};
 use super::noise_schedule::NoiseSchedule;
 use super::scalar::{one_minus, scalar, sqrt};
 use super::spacing::{TimestepSpacing, rounded};
@@ -12,6 +13,9 @@ use super::{Generator, PredictionType, Scheduler, SchedulerConfig, SchedulerErro
 
 /// Steps that are made of Runge-Kutta's four calls each before the multistep method has history enough.
 const PNDM_ORDER: usize = 4;
+
+/// What a multistep step looks back on: the sample, the one that the first two steps start from, three outputs.
+const PLMS_ROWS: usize = 5;
 
 /// diffusers' `PNDMScheduler`.
 #[derive(Debug)]
@@ -194,6 +198,48 @@ impl PNDMScheduler {
         })
     }
 
+    /// [`Self::step_plms`] in numbers. The rows are the sample, the sample that the first two steps start from, and the last
+    /// three outputs that count, the newest first; the weights of each are those of these rows and of the output.
+    fn linear_plms(&self, step_index: usize) -> Result<LinearStep, SchedulerError> {
+        let mut timestep = self.timesteps[step_index] as i64;
+        let mut prev_timestep = timestep - self.step_ratio;
+        if step_index == 1 {
+            prev_timestep = timestep;
+            timestep += self.step_ratio;
+        }
+        let alpha = self.schedule.alpha_prod_f64(timestep)?;
+        let alpha_prev = if prev_timestep >= 0 {
+            self.schedule.alpha_prod_f64(prev_timestep)?
+        } else {
+            self.final_alpha_cumprod.f_double_value(&[])?
+        };
+        let (beta, beta_prev) = (1.0 - alpha, 1.0 - alpha_prev);
+        let direction =
+            (alpha_prev - alpha) / (alpha * beta_prev.sqrt() + (alpha * beta * alpha_prev).sqrt());
+        let (of_sample, of_output) = match self.prediction_type {
+            PredictionType::Epsilon => ((alpha_prev / alpha).sqrt(), -direction),
+            PredictionType::VPrediction => {
+                ((alpha_prev / alpha).sqrt() - direction * beta.sqrt(), -direction * alpha.sqrt())
+            }
+        };
+        // Of the last three outputs and of this one.
+        let mixed = match step_index {
+            0 => [0.0, 0.0, 0.0, 1.0],
+            1 => [0.5, 0.0, 0.0, 0.5],
+            2 => [-0.5, 0.0, 0.0, 1.5],
+            3 => [-16.0 / 12.0, 5.0 / 12.0, 0.0, 23.0 / 12.0],
+            _ => [-59.0 / 24.0, 37.0 / 24.0, -9.0 / 24.0, 55.0 / 24.0],
+        };
+        let start = if step_index == 1 { [0.0, of_sample] } else { [of_sample, 0.0] };
+        let prev_sample = start.into_iter().chain(mixed.map(|weight| weight * of_output)).collect();
+        let one = |place: usize| (0..=PLMS_ROWS).map(|i| f64::from(u8::from(i == place))).collect();
+        // The second step's output is used once and not kept.
+        let kept = if step_index == 1 { [2, 3, 4] } else { [PLMS_ROWS, 2, 3] };
+        let saved = if step_index == 0 { 0 } else { 1 };
+        let rows = std::iter::once(prev_sample).chain([one(saved)]).chain(kept.map(one)).collect();
+        Ok(LinearStep { input_scale: 1.0, rows })
+    }
+
     /// `_get_prev_sample`: formula 9 of the paper.
     fn prev_sample(
         &self,
@@ -276,6 +322,15 @@ impl Scheduler for PNDMScheduler {
             return Ok(None);
         }
         (0..self.timesteps.len()).map(|counter| self.plms_row(counter)).collect::<Result<_, _>>().map(Some)
+    }
+
+    /// Only the multistep method; with Runge-Kutta steps before it there are none.
+    fn linear_steps(&self) -> Result<Option<LinearSteps>, SchedulerError> {
+        if self.num_prk_timesteps > 0 {
+            return Ok(None);
+        }
+        let steps = (0..self.timesteps.len()).map(|step_index| self.linear_plms(step_index));
+        Ok(Some(LinearSteps { num_rows: PLMS_ROWS, steps: steps.collect::<Result<_, _>>()? }))
     }
 
     fn add_noise(

@@ -1,0 +1,66 @@
+#!/usr/bin/env bash
+# The first look at a GPU that is lent for minutes: is what it draws right, does a picture depend on its company, how fast is it with
+# CUDA graphs and without. No network, and nothing but the built binary and a Python with torch's wheel, whose libraries it opens.
+#
+#   DEVICE=cuda bench/quick.sh            full size; ends by itself after BUDGET seconds (460), the most telling parts first
+#   bench/quick.sh                        the same on a CPU with the smallest model, to see that it runs
+#
+# BINARY, PYTHON and OUT are as in bench/run.sh. Results: OUT/quick-*.json, one line each; what was left out is said.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+BINARY=${BINARY:-target/release/darkroom-worker}
+PYTHON=${PYTHON:-python3}
+DEVICE=${DEVICE:-cpu}
+OUT=${OUT:-bench/out}
+BUDGET=${BUDGET:-460}
+if [[ $DEVICE == cuda* ]]; then
+  SIZE=${SIZE:-full} CHECK_SIZE=${CHECK_SIZE:-small} STEPS=${STEPS:-50} DTYPE=${DTYPE:-f16} BATCH_SIZES=${BATCH_SIZES:-33,8,1} COMPANY=${COMPANY:-8}
+  LD_LIBRARY_PATH=$("$PYTHON" -c 'import os, torch; print(os.path.join(os.path.dirname(torch.__file__), "lib"))') || exit 1
+  export LD_LIBRARY_PATH
+else
+  SIZE=${SIZE:-tiny} CHECK_SIZE=${CHECK_SIZE:-tiny} STEPS=${STEPS:-5} DTYPE=${DTYPE:-f32} BATCH_SIZES=${BATCH_SIZES:-2,1} COMPANY=${COMPANY:-3}
+fi
+[ -x "$BINARY" ] || { echo "quick: there is no $BINARY; build it first, or set BINARY" >&2; exit 1; }
+mkdir -p "$OUT"
+
+failed=0
+# A part: its name, the seconds it may take at most, and the options of `bench`. Cut to what is left of the budget.
+part() {
+  local name=$1 limit=$2 left=$((BUDGET - SECONDS))
+  shift 2
+  if [ "$left" -lt 20 ]; then echo "quick: $name left out, $SECONDS s are over"; failed=1; return; fi
+  [ "$limit" -le "$left" ] || limit=$left
+  if timeout "$limit" "$BINARY" --log warn bench --json "$@" >"$OUT/quick-$name.json" 2>"$OUT/quick-$name.log"; then
+    echo "quick: $name ($SECONDS s): $(cut -c1-600 "$OUT/quick-$name.json" | tail -n 3)"
+  else
+    failed=1
+    echo "quick: $name FAILED ($SECONDS s): $(tail -n 3 "$OUT/quick-$name.log" "$OUT/quick-$name.json")"
+  fi
+}
+small=(--size "$CHECK_SIZE" --num-inference-steps 6 --batch-sizes 2 --warmup 0 --repeats 1)
+full=(--size "$SIZE" --device "$DEVICE" --dtypes "$DTYPE" --num-inference-steps "$STEPS")
+
+# 1. Is it right? The same small model and pictures on the CPU, alone and in f32, are the reference; the reports say how far off
+#    the final latents are: about 1e-5 in f32, in 16 bits as far as six steps amplify rounding.
+part reference 90 "${small[@]}" --outputs "$OUT/quick-reference.safetensors"
+for dtype in f32 "$DTYPE"; do
+  part "right-$dtype" 60 "${small[@]}" --device "$DEVICE" --dtypes "$dtype" --pad-batch 3 \
+    --reference "$OUT/quick-reference.safetensors"
+done
+# 2. P8, without graphs and with: one job in every place of a batch.
+part company-small 60 --check-company --size "$CHECK_SIZE" --device "$DEVICE" --dtypes "$DTYPE" --batch-sizes "$COMPANY" \
+  --num-inference-steps 6 --graph off,on
+# 3. How fast, stage by stage, calls with and without graphs in turn, the largest batch first.
+part speed 240 "${full[@]}" --batch-sizes "$BATCH_SIZES" --graph off,on --warmup 1 --repeats 3
+# 4. P8 at full size.
+part company-full 90 --check-company --size "$SIZE" --device "$DEVICE" --dtypes "$DTYPE" --batch-sizes "$COMPANY" \
+  --num-inference-steps 6 --graph on
+# 5. Which kernel of attention: 10 steps are enough.
+if [[ $DEVICE == cuda* ]]; then
+  for kernel in cudnn flash; do
+    part "attention-$kernel" 60 --size "$SIZE" --device "$DEVICE" --dtypes "$DTYPE" --num-inference-steps 10 \
+      --batch-sizes "${BATCH_SIZES%%,*}" --attention "$kernel" --warmup 1 --repeats 2
+  done
+fi
+exit $failed
