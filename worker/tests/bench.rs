@@ -65,6 +65,7 @@ fn every_dtype_and_batch_size_is_measured_with_its_stages_and_operations() {
         let rate = number("/batch_size") * per_picture / median / 1e12;
         assert!((number("/tflops_per_second") / rate - 1.0).abs() < 1e-6, "{run}");
         assert!((number("/share_of_peak") * 0.5 / rate - 1.0).abs() < 1e-6, "{run}");
+        assert_eq!(run["kernels"], "plain", "{run}");
         // The libraries alone take more than this.
         assert!(number("/peak_resident_bytes") > f64::from(1 << 24), "{run}");
         assert!(number("/cpu_seconds/median") > 0.0, "{run}");
