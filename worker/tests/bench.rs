@@ -67,6 +67,7 @@ fn every_dtype_and_batch_size_is_measured_with_its_stages_and_operations() {
         assert!((number("/share_of_peak") * 0.5 / rate - 1.0).abs() < 1e-6, "{run}");
         assert_eq!((&run["graph"], &run["replayed_steps"]), (&false.into(), &0.into()), "{run}");
         assert_eq!(run["computed_at_once"], 1, "{run}");
+        assert_eq!(run["kernels"], "plain", "{run}");
         // The libraries alone take more than this.
         assert!(number("/peak_resident_bytes") > f64::from(1 << 24), "{run}");
         assert!(number("/cpu_seconds/median") > 0.0, "{run}");

@@ -56,6 +56,7 @@ fn one_line_of_json_describes_the_written_picture() {
         assert!(report["seconds"][stage].as_f64().unwrap() > 0.0, "{stage}");
     }
     assert_eq!(report["scheduler"], "pndm");
+    assert_eq!(report["kernels"], "plain");
     assert_eq!(png[..8], *b"\x89PNG\r\n\x1a\n");
     // Only the picture is left in its folder, and the same command makes the same file.
     assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
