@@ -169,6 +169,7 @@ fn a_batch_of_one_is_a_picture_alone() {
 }
 
 #[test]
+#[expect(clippy::print_stderr, reason = "a test that was not made has to say so")]
 fn a_gpu_keeps_the_promise_with_graphs_and_without() {
     if !Path::new("/dev/nvidiactl").exists() {
         eprintln!("skipped: there is no GPU here");
