@@ -49,7 +49,7 @@ pub struct GeneratedImage {
     /// What was left out of its denoising.
     pub recipe: Recipe,
     /// What it was computed on, where its last bits depend on that.
-    pub engine: Option<EngineFingerprint>,
+    pub engine: Option<Box<EngineFingerprint>>,
 }
 
 /// What the last bits of a GPU's picture depend on besides spec, weights and dtype: with the same here, they are the same.

@@ -115,7 +115,7 @@ pub struct PictureRecord {
     pub software: String,
     /// What computed it, if that was a GPU; on the CPU the same pixels come from every machine.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub engine: Option<EngineFingerprint>,
+    pub engine: Option<Box<EngineFingerprint>>,
 }
 
 impl PictureRecord {

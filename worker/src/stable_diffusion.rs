@@ -283,7 +283,7 @@ fn outcome(
                 prompt_truncated: image.truncated_prompt.is_some(),
                 dtype: dtype.to_string(),
                 recipe: recipe.into(),
-                engine: engine.cloned(),
+                engine: engine.cloned().map(Box::new),
             })
         }
         Err(ImageError::Dropped { .. }) => PictureOutcome::Dropped,

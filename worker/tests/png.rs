@@ -184,14 +184,14 @@ fn text_of<'a>(texts: &'a [(String, String, bool)], keyword: &str) -> &'a (Strin
 fn what_computed_a_picture_on_a_gpu_is_in_its_record_and_nothing_of_a_cpu() {
     let spec = spec("a red circle", "", NoiseScheduler::Pndm);
     let on_cpu = image(&spec);
-    let engine = EngineFingerprint {
+    let engine = Box::new(EngineFingerprint {
         gpu: "NVIDIA H200".to_owned(),
         driver: "580.1".to_owned(),
         torch: "2.11.0".to_owned(),
         cudnn: "9.19.0".to_owned(),
         kernels: "fused sm_90a".to_owned(),
         batch_size: 33,
-    };
+    });
     let on_gpu = GeneratedImage { engine: Some(engine.clone()), ..on_cpu.clone() };
     let record = |image: &GeneratedImage| {
         let (texts, _) = decoded(&encoded(&spec, image));
