@@ -1,7 +1,7 @@
 // All kernels under the names that worker/src/diffusion/kernels/launch.rs asks for: OPERATION_DTYPE_xWIDTH.
 #include "group_norm.cuh"
 #include "layer_norm.cuh"
-#include "multistep.cuh"
+#include "linear_step.cuh"
 #include "pointwise.cuh"
 
 // A kernel: the most threads of a block, the function template that does its work, and its parameters. The tests compile
@@ -32,11 +32,10 @@
            (T *sum, const T *bias, const T *residual, unsigned vectors, unsigned channels),                                    \
            (sum, bias, residual, vectors, channels))
 
-#define MULTISTEP(DTYPE, T)                                                                                                   \
-    KERNEL(multistep_##DTYPE##_x1, 256, multistep<T>,                                                                               \
-           (const T *noise, const float *guidance, const float *table, const long long *step, float *latents, float *kept,     \
-            float *history, T *next, int cells, int rows),                                                                              \
-           (noise, guidance, table, step, latents, kept, history, next, cells, rows))
+#define LINEAR_STEP(DTYPE, T)                                                                                                  \
+    KERNEL(linear_step_##DTYPE##_x1, 256, linear_step<T>,                                                                             \
+           (const T *noise, const float *guidance, const float *numbers, float *kept, T *sample, int cells, int rows),          \
+           (noise, guidance, numbers, kept, sample, cells, rows))
 
 KERNELS(f32, float, 4)
 KERNELS(f32, float, 1)
@@ -44,6 +43,6 @@ KERNELS(f16, f16, 8)
 KERNELS(f16, f16, 1)
 KERNELS(bf16, bf16, 8)
 KERNELS(bf16, bf16, 1)
-MULTISTEP(f32, float)
-MULTISTEP(f16, f16)
-MULTISTEP(bf16, bf16)
+LINEAR_STEP(f32, float)
+LINEAR_STEP(f16, f16)
+LINEAR_STEP(bf16, bf16)

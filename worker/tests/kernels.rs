@@ -18,7 +18,8 @@ use tch::{Device, Kind, Tensor};
 use worker::diffusion::ComputeDtype;
 use worker::diffusion::SchedulerKind;
 use worker::diffusion::kernels::{
-    CUBINS, GroupNormParameters, Kernel, Kernels, LayerNormParameters, MANIFEST, Multistep, self_check,
+    CUBINS, GroupNormParameters, Kernel, Kernels, LayerNormParameters, LinearStepTensors, MANIFEST,
+    self_check,
 };
 use worker::diffusion::models::autoencoder_kl::{AutoencoderKL, AutoencoderKLConfig};
 use worker::diffusion::models::unet_2d_condition::UNet2DConditionModel;
@@ -202,40 +203,55 @@ fn what_a_model_checks_before_it_trusts_kernels_passes_here() {
     }
 }
 
-/// The latents after each step of PNDM and of [`Multistep`], from the same predictions.
-fn compare_multistep(kernels: &Kernels, json: &str, steps: usize, kind: Kind, is_guided: bool) {
-    let scheduler_config = SchedulerConfig::from_json(json).unwrap();
-    let build = || SchedulerKind::Pndm.build(&scheduler_config, steps).unwrap();
-    let size = [2, 4, 3, 5];
-    let mut latents = randn(&size, 0, Kind::Float);
-    let guidance = Tensor::from_slice(&[7.5f32, 3.0]);
-    let rows = build().multistep_rows().unwrap().unwrap();
-    let mut multistep = Multistep::start(kernels, &rows, &latents).unwrap();
-    let mut scheduler = build();
-    for step_index in 0..scheduler.timesteps().len() {
-        let name = format!("{kind:?}, {steps} steps, guided: {is_guided}, step {step_index}");
-        let num_inputs = if is_guided { 4 } else { 2 };
-        let noise = randn(&[num_inputs, 4, 3, 5], 1 + step_index as u64, kind);
-        let wide = noise.to_kind(Kind::Float);
-        let guided = if is_guided {
-            let pairs = wide.reshape([2, 2, 4, 3, 5]);
-            let (without, with) = (pairs.select(1, 0), pairs.select(1, 1));
-            &without + (with - &without) * guidance.view([2, 1, 1, 1])
+/// The samples after each step of a noise scheduler and of the kernel, from the same predictions.
+fn compare_steps(
+    kernels: &Kernels,
+    kind: SchedulerKind,
+    config: &SchedulerConfig,
+    dtype: Kind,
+    is_guided: bool,
+) {
+    let mut scheduler = kind.build(config, 9).unwrap();
+    let steps = scheduler.linear_steps().unwrap().unwrap();
+    let mut expected = randn(&[2, 4, 3, 5], 0, Kind::Float) * scheduler.init_noise_sigma();
+    let kept = Tensor::zeros([steps.num_rows as i64, 2, 4, 3, 5], (Kind::Float, Device::Cpu));
+    kept.select(0, 0).copy_(&expected);
+    let by_plain = kept.copy();
+    let guidance = Tensor::from_slice(&[7.5f32, 3.0]).view([2, 1, 1, 1]);
+    let guidance_scale = is_guided.then_some(&guidance);
+    for (step_index, step) in steps.steps.iter().enumerate() {
+        let name = format!("{kind} in {dtype:?}, guided: {is_guided}, step {step_index}");
+        let noise_pred = randn(&[if is_guided { 4 } else { 2 }, 4, 3, 5], 1 + step_index as u64, dtype);
+        let wide = noise_pred.to_kind(Kind::Float);
+        let output = if is_guided {
+            let (without, with) = (wide.narrow(0, 0, 2), wide.narrow(0, 2, 2));
+            &without + (with - &without) * &guidance
         } else {
             wide
         };
-        latents = scheduler.step(&guided, step_index, &latents, &mut []).unwrap();
-        let mut next = noise.empty_like();
-        multistep.step(&noise, is_guided.then_some(&guidance), &mut next).unwrap();
-        assert_close(&name, multistep.latents(), &latents);
-        let rounded = multistep.latents().to_kind(kind);
-        let shown = if is_guided { rounded.repeat_interleave_self_int(2, 0, None) } else { rounded };
-        assert_eq!(max_difference(&next, &shown), 0.0, "{name}");
+        expected = scheduler.step(&output, step_index, &expected, &mut []).unwrap();
+        let numbers: Vec<f32> =
+            [step.input_scale].into_iter().chain(step.weights()).map(|number| number as f32).collect();
+        let numbers = Tensor::from_slice(&numbers);
+        let [sample, plain_sample] = [0, 1].map(|_| Tensor::zeros([2, 4, 3, 5], (dtype, Device::Cpu)));
+        let tensors = |kept, sample| LinearStepTensors {
+            noise_pred: &noise_pred,
+            guidance_scale,
+            numbers: &numbers,
+            kept,
+            sample,
+        };
+        kernels.linear_step(&tensors(&kept, &sample)).unwrap();
+        Kernels::plain(false).linear_step(&tensors(&by_plain, &plain_sample)).unwrap();
+        assert_eq!(max_difference(&kept, &by_plain), 0.0, "{name}: other bits than libtorch's");
+        assert_eq!(max_difference(&sample, &plain_sample), 0.0, "{name}: other bits than libtorch's");
+        assert_close(&name, &kept.select(0, 0), &expected);
+        assert_eq!(max_difference(&sample, &kept.select(0, 0).to_kind(dtype)), 0.0, "{name}");
     }
 }
 
 #[test]
-fn guided_steps_equal_pndm() {
+fn guided_steps_equal_the_schedulers() {
     let json = fs::read_to_string(golden::golden("small/scheduler/scheduler_config.json")).unwrap();
     let velocity = {
         let mut json: serde_json::Value = serde_json::from_str(&json).unwrap();
@@ -243,15 +259,17 @@ fn guided_steps_equal_pndm() {
         json.to_string()
     };
     let host = HostKernels::new(false);
-    for kernels in [host.kernels(), Kernels::plain(true)] {
-        for steps in [1, 2, 3, 9] {
-            for is_guided in [true, false] {
-                compare_multistep(&kernels, &json, steps, Kind::Float, is_guided);
-                compare_multistep(&kernels, &velocity, steps, Kind::Float, is_guided);
+    for json in [json, velocity] {
+        let config = SchedulerConfig::from_json(&json).unwrap();
+        for kind in
+            [SchedulerKind::Pndm, SchedulerKind::Ddim, SchedulerKind::Euler, SchedulerKind::Dpmpp2mKarras]
+        {
+            for (dtype, is_guided) in
+                [(Kind::Float, true), (Kind::Float, false), (Kind::Half, true), (Kind::BFloat16, true)]
+            {
+                compare_steps(&host.kernels(), kind, &config, dtype, is_guided);
             }
         }
-        compare_multistep(&kernels, &json, 50, Kind::Half, true);
-        compare_multistep(&kernels, &json, 5, Kind::BFloat16, true);
     }
     assert!(host.launches() > 100);
 }

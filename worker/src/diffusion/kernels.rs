@@ -8,7 +8,7 @@
 mod cubins;
 mod cuda;
 mod launch;
-mod multistep;
+mod linear_step;
 mod operations;
 mod plain;
 mod self_check;
@@ -21,7 +21,7 @@ use tch::{TchError, Tensor};
 
 pub use self::cubins::{CUBINS, Cubin, MANIFEST};
 pub use self::launch::{Argument, Call, Kernel, Launch};
-pub use self::multistep::{HISTORY, Multistep, MultistepRow};
+pub use self::linear_step::{LinearStepTensors, guided};
 pub use self::self_check::{SelfCheckError, self_check};
 use super::device::{ComputeDevice, ComputeDtype, DeviceError};
 
@@ -200,6 +200,17 @@ impl Kernels {
             return Ok(output);
         }
         plain::add_bias_residual(sum, bias, residual)
+    }
+
+    /// From the UNet's prediction to the next sample: guidance, and a noise scheduler's step. Overwrites what is kept and the
+    /// sample.
+    pub fn linear_step(&self, tensors: &LinearStepTensors<'_>) -> Result<(), TchError> {
+        if let Some(launcher) = &self.launcher
+            && linear_step::launch(launcher.as_ref(), tensors)?
+        {
+            return Ok(());
+        }
+        linear_step::compose(tensors)
     }
 }
 

@@ -28,7 +28,6 @@
 
 use tch::{TchError, Tensor};
 
-use super::kernels::MultistepRow;
 use super::rng::{Generator, RngError};
 
 mod config;
@@ -119,12 +118,6 @@ pub trait Scheduler {
         sample: &Tensor,
         generators: &mut [Generator],
     ) -> Result<Tensor, SchedulerError>;
-
-    /// What each step does, where all of them are weighted sums of samples and of the last few outputs, for
-    /// [`super::kernels::Multistep`]; the state of the steps is not in it. `None` for all but PNDM without Runge-Kutta steps.
-    fn multistep_rows(&self) -> Result<Option<Vec<MultistepRow>>, SchedulerError> {
-        Ok(None)
-    }
 
     /// All steps as sums with numbers known ahead, for a scheduler that has taken none yet; `None` if they are not written so.
     fn linear_steps(&self) -> Result<Option<LinearSteps>, SchedulerError> {

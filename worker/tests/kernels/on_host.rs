@@ -63,6 +63,8 @@ fn compile(sources: &Path, library: &str) -> RunKernel {
         .args([
             "-std=c++17",
             "-O1",
+            // What a kernel rounds one by one stays so.
+            "-ffp-contract=off",
             "-Wall",
             "-Werror",
             "-Wno-unknown-pragmas",

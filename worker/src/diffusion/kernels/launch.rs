@@ -14,7 +14,7 @@ pub(super) enum Operation {
     LayerNorm,
     Geglu,
     AddBiasResidual,
-    Multistep,
+    LinearStep,
 }
 
 /// Every operation, in the order of the enum.
@@ -24,7 +24,7 @@ const OPERATIONS: [(Operation, &str); 6] = [
     (Operation::LayerNorm, "layer_norm"),
     (Operation::Geglu, "geglu"),
     (Operation::AddBiasResidual, "add_bias_residual"),
-    (Operation::Multistep, "multistep"),
+    (Operation::LinearStep, "linear_step"),
 ];
 
 /// Every dtype, in the order of the enum.
@@ -48,14 +48,14 @@ pub(super) fn wide(dtype: ComputeDtype) -> i64 {
 }
 
 impl Kernel {
-    /// Every kernel that is ever asked for, in the order of [`Self::index`]; the guided step is never wide.
+    /// Every kernel that is ever asked for, in the order of [`Self::index`]; the scheduler's step is never wide.
     pub fn all() -> Vec<Self> {
         let of_operation = |(operation, _): (Operation, &str)| {
             DTYPES
                 .into_iter()
                 .flat_map(move |dtype| [false, true].map(|is_wide| Self { operation, dtype, is_wide }))
         };
-        let is_made = |kernel: &Self| !(kernel.operation == Operation::Multistep && kernel.is_wide);
+        let is_made = |kernel: &Self| !(kernel.operation == Operation::LinearStep && kernel.is_wide);
         OPERATIONS.into_iter().flat_map(of_operation).filter(is_made).collect()
     }
 

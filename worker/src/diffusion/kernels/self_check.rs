@@ -3,8 +3,7 @@
 
 use tch::{Device, Kind, TchError, Tensor};
 
-use super::multistep::{Multistep, MultistepRow};
-use super::{GroupNormParameters, Kernels, LayerNormParameters, plain};
+use super::{GroupNormParameters, Kernels, LayerNormParameters, LinearStepTensors, linear_step, plain};
 use crate::diffusion::device::ComputeDtype;
 
 /// Why kernels are not to be trusted.
@@ -85,25 +84,26 @@ pub fn self_check(kernels: &Kernels, dtype: ComputeDtype) -> Result<(), SelfChec
     let expected = plain::add_bias_residual(float(&map)?.f_mul_scalar(1.0)?, &wide_bias, &float(&residual)?)?;
     compare("add_bias_residual", &kernels.add_bias_residual(map, &bias, &residual)?, &expected)?;
 
-    let noise = values(&[4, 4, 3, 5], 0.7)?;
-    let latents = float(&values(&[2, 4, 3, 5], 0.8)?)?;
-    let guidance = float(&values(&[2], 0.9)?)?;
-    let row = MultistepRow {
-        of_latents: 0.9,
-        of_kept: 0.0,
-        of_output: -0.5,
-        of_history: [0.0; 3],
-        place: Some(1),
-        keeps: true,
-    };
-    let second =
-        MultistepRow { of_kept: 0.3, of_history: [0.0, 0.25, 0.0], place: None, keeps: false, ..row };
-    let stepped = |kernels: &Kernels| -> Result<Tensor, TchError> {
-        let mut multistep = Multistep::start(kernels, &[row, second], &latents)?;
-        let mut next = noise.f_empty_like()?;
-        multistep.step(&noise, Some(&guidance), &mut next)?;
-        multistep.step(&noise, Some(&guidance), &mut next)?;
-        multistep.latents().f_add(&float(&next)?.f_narrow(0, 2, 2)?)
-    };
-    compare("multistep", &stepped(kernels)?, &stepped(&Kernels::plain(true))?)
+    let noise_pred = values(&[4, 4, 3, 5], 0.7)?;
+    let kept = float(&values(&[5, 2, 4, 3, 5], 0.8)?)?;
+    let guidance_scale = float(&values(&[2, 1, 1, 1], 0.9)?)?;
+    let numbers = float(&values(&[31], 1.0)?)?;
+    let stepped =
+        |step: &dyn Fn(&LinearStepTensors<'_>) -> Result<(), TchError>| -> Result<Tensor, TchError> {
+            let kept = kept.copy();
+            let sample = noise_pred.f_narrow(0, 0, 2)?.f_zeros_like()?;
+            let guidance_scale = Some(&guidance_scale);
+            let tensors = LinearStepTensors {
+                noise_pred: &noise_pred,
+                guidance_scale,
+                numbers: &numbers,
+                kept: &kept,
+                sample: &sample,
+            };
+            step(&tensors)?;
+            Tensor::f_cat(&[&kept.f_flatten(0, -1)?, &float(&sample)?.f_flatten(0, -1)?], 0)
+        };
+    let expected = stepped(&|tensors| linear_step::compose(tensors))?;
+    compare("linear_step", &stepped(&|tensors| kernels.linear_step(tensors))?, &expected)?;
+    Ok(())
 }

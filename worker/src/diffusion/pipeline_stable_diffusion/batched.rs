@@ -59,7 +59,7 @@ impl Batch {
         let last = pipeline.buffers.take();
         let mut buffers = match last.filter(|buffers| buffers.fit(&contents, num_rows)) {
             Some(buffers) => buffers,
-            None => StaticBuffers::new(&contents, num_rows, &times[0])?,
+            None => StaticBuffers::new(&contents, num_rows, &times[0], &pipeline.kernels)?,
         };
         buffers.fill(contents)?;
         let flat = times.iter().map(UNetTime::flatten).collect::<Result<Vec<_>, _>>()?;

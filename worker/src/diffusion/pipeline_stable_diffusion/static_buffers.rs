@@ -7,6 +7,7 @@ use std::fmt;
 use tch::{Kind, TchError, Tensor};
 
 use super::super::cuda::{CudaError, CudaGraph};
+use super::super::kernels::{Kernels, LinearStepTensors, guided};
 use super::super::models::unet_2d_condition::{UNet2DConditionModel, UNetText, UNetTime};
 use super::denoising::Step;
 
@@ -26,6 +27,7 @@ pub(super) struct Contents {
 
 /// See the module.
 pub struct StaticBuffers {
+    kernels: Kernels,
     latents: Tensor,
     text: UNetText,
     /// With guidance, the rows of `text` that are the prompts'.
@@ -82,6 +84,7 @@ impl StaticBuffers {
         contents: &Contents,
         num_rows: Option<usize>,
         time: &UNetTime,
+        kernels: &Kernels,
     ) -> Result<Self, TchError> {
         let Contents { latents, text, guidance_scale } = contents;
         let flat_time = time.flatten()?;
@@ -103,6 +106,7 @@ impl StaticBuffers {
         let text = UNetText::cat(&[text])?;
         let batch_size = latents.size()[0];
         Ok(Self {
+            kernels: kernels.clone(),
             latents: latents.f_zeros_like()?,
             text_alone: match guidance_scale {
                 Some(_) => Some(text.narrow(batch_size, batch_size)?),
@@ -264,34 +268,20 @@ impl StaticBuffers {
         self.finish_step(&noise_pred, is_guided)
     }
 
-    /// From the UNet's prediction to the next step's sample. The place for a kernel that does it all at once: it reads
-    /// `noise_pred`, the guidance scales, the scheduler's numbers and what it keeps, and writes the latter and the latents.
+    /// From the UNet's prediction to the next step's sample.
     fn finish_step(&mut self, noise_pred: &Tensor, is_guided: bool) -> Result<(), TchError> {
-        let noise_pred = noise_pred.f_to_kind(Kind::Float)?;
-        let guided = match &self.guidance_scale {
-            Some(scale) if is_guided => {
-                let batch_size = self.latents.size()[0];
-                let uncond = noise_pred.f_narrow(0, 0, batch_size)?;
-                let text = noise_pred.f_narrow(0, batch_size, batch_size)?;
-                text.f_sub(&uncond)?.f_mul_(scale)?.f_add_(&uncond)?
-            }
-            _ => noise_pred,
-        };
+        let guidance_scale = self.guidance_scale.as_ref().filter(|_| is_guided);
         match &mut self.scheduling {
-            Scheduling::Outside { noise_pred, .. } => noise_pred.f_copy_(&guided),
-            Scheduling::Linear { kept, numbers } => {
-                let num_rows = kept.size()[0];
-                let weights = numbers.f_narrow(0, 1, num_rows * (num_rows + 1))?;
-                let weights = weights.f_view([num_rows, num_rows + 1, 1, 1, 1, 1])?;
-                // Products and sums apart, term by term: so no two machine instructions of different rounding can be chosen
-                // for different places of a batch.
-                let mut next = weights.f_select(1, num_rows)?.f_mul(&guided)?;
-                for row in 0..num_rows {
-                    next = next.f_add_(&weights.f_select(1, row)?.f_mul(&kept.f_select(0, row)?)?)?;
-                }
-                kept.f_copy_(&next)?;
-                self.latents.f_copy_(&next.f_select(0, 0)?)
+            Scheduling::Outside { noise_pred: kept, .. } => {
+                kept.f_copy_(&guided(noise_pred, guidance_scale)?)
             }
+            Scheduling::Linear { kept, numbers } => self.kernels.linear_step(&LinearStepTensors {
+                noise_pred,
+                guidance_scale,
+                numbers,
+                kept,
+                sample: &self.latents,
+            }),
         }
     }
 }

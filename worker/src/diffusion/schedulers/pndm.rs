@@ -4,7 +4,6 @@
 
 use tch::Tensor;
 
-use super::super::kernels::{HISTORY, MultistepRow};
 use super::linear::{LinearStep, LinearSteps};
 use super::noise_schedule::NoiseSchedule;
 use super::scalar::{one_minus, scalar, sqrt};
@@ -149,55 +148,6 @@ impl PNDMScheduler {
         self.prev_sample(&sample, timestep, prev_timestep, &model_output)
     }
 
-    /// What [`Self::step_plms`] does in its `counter`-th call, if it was also called for all steps before.
-    fn plms_row(&self, counter: usize) -> Result<MultistepRow, SchedulerError> {
-        let timestep = self.timesteps[counter] as i64;
-        let (timestep, prev_timestep) = match counter {
-            1 => (timestep + self.step_ratio, timestep),
-            _ => (timestep, timestep - self.step_ratio),
-        };
-        let (of_sample, of_model_output) = self.prev_sample_weights(timestep, prev_timestep)?;
-        // The weights of the output at this step and of those in the history, the newest first.
-        let weights: &[f64] = match counter {
-            0 => &[1.0],
-            1 => &[1.0 / 2.0, 1.0 / 2.0],
-            2 => &[3.0 / 2.0, -1.0 / 2.0],
-            3 => &[23.0 / 12.0, -16.0 / 12.0, 5.0 / 12.0],
-            _ => &[55.0 / 24.0, -59.0 / 24.0, 37.0 / 24.0, -9.0 / 24.0],
-        };
-        // The second call leaves the history as it is.
-        let num_kept = if counter < 2 { counter } else { counter - 1 };
-        let mut of_history = [0.0; HISTORY];
-        for (age, weight) in weights[1..].iter().enumerate() {
-            of_history[(num_kept - 1 - age) % HISTORY] = of_model_output * weight;
-        }
-        let of_samples = if counter == 1 { (0.0, of_sample) } else { (of_sample, 0.0) };
-        Ok(MultistepRow {
-            of_latents: of_samples.0,
-            of_kept: of_samples.1,
-            of_output: of_model_output * weights[0],
-            of_history,
-            place: (counter != 1).then_some(num_kept % HISTORY),
-            keeps: counter == 0,
-        })
-    }
-
-    /// The weights of the sample and of the model's output in [`Self::prev_sample`].
-    fn prev_sample_weights(&self, timestep: i64, prev_timestep: i64) -> Result<(f64, f64), SchedulerError> {
-        let alpha = self.schedule.alpha_prod(timestep)?.f_double_value(&[])?;
-        let alpha_prev = match prev_timestep {
-            0.. => self.schedule.alpha_prod(prev_timestep)?.f_double_value(&[])?,
-            _ => self.final_alpha_cumprod.f_double_value(&[])?,
-        };
-        let (beta, beta_prev) = (1.0 - alpha, 1.0 - alpha_prev);
-        let denominator = alpha * beta_prev.sqrt() + (alpha * beta * alpha_prev).sqrt();
-        let (of_sample, of_epsilon) = ((alpha_prev / alpha).sqrt(), (alpha - alpha_prev) / denominator);
-        Ok(match self.prediction_type {
-            PredictionType::Epsilon => (of_sample, of_epsilon),
-            PredictionType::VPrediction => (of_sample + of_epsilon * beta.sqrt(), of_epsilon * alpha.sqrt()),
-        })
-    }
-
     /// [`Self::step_plms`] in numbers. The rows are the sample, the sample that the first two steps start from, and the last
     /// three outputs that count, the newest first; the weights of each are those of these rows and of the output.
     fn linear_plms(&self, step_index: usize) -> Result<LinearStep, SchedulerError> {
@@ -315,13 +265,6 @@ impl Scheduler for PNDMScheduler {
         };
         self.counter += 1;
         Ok(prev_sample)
-    }
-
-    fn multistep_rows(&self) -> Result<Option<Vec<MultistepRow>>, SchedulerError> {
-        if self.num_prk_timesteps > 0 {
-            return Ok(None);
-        }
-        (0..self.timesteps.len()).map(|counter| self.plms_row(counter)).collect::<Result<_, _>>().map(Some)
     }
 
     /// Only the multistep method; with Runge-Kutta steps before it there are none.
