@@ -2,7 +2,7 @@
 //! between the layers and what computes for them.
 //!
 //! A layer asks [`Kernels`], which it got with its weights. With a launcher the operation is one or two launches; without
-//! one, and where a kernel does not take a shape or dtype, it is composed of libtorch's operations ([`plain`]). On the CPU
+//! one, and where a kernel does not take a shape or dtype, it is composed of libtorch's operations (`kernels/plain.rs`). On the CPU
 //! there is no launcher. [`Kernels`] also says how feature maps lie in memory, since the kernels read channels_last.
 
 mod cubins;

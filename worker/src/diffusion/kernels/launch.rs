@@ -48,7 +48,7 @@ pub(super) fn wide(dtype: ComputeDtype) -> i64 {
 }
 
 impl Kernel {
-    /// Every kernel that is ever asked for, in the order of [`Self::index`]; the scheduler's step is never wide.
+    /// Every kernel that is ever asked for, in the order of `Self::index`; the scheduler's step is never wide.
     pub fn all() -> Vec<Self> {
         let of_operation = |(operation, _): (Operation, &str)| {
             DTYPES
