@@ -31,8 +31,8 @@ def main():
     parser.add_argument("--minutes", type=float, help="training time of this part; default: as published")
     parser.add_argument("--model", default="model", help="folder of the finished weights")
     parser.add_argument("--work", default="work", help="folder for resume files and the latents")
-    parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate of the UNet")
-    parser.add_argument("--go-on", action="store_true", help="UNet: begin with the weights in --model, not random ones")
+    parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate of the UNet and the safety checker")
+    parser.add_argument("--go-on", action="store_true", help="UNet and safety checker: begin with the weights in --model, not random ones")
     parser.add_argument("--f32", dest="bf16", action="store_false", help="train without bfloat16")
     args = parser.parse_args()
     if args.device != "cpu":

@@ -1,25 +1,36 @@
 """The safety checker: skulls are the demo's unwanted concept.
 
 A small CLIP vision model learns embeddings in which pictures with a skull lie together and far from all
-others. The concept embeddings are means over drawn pictures, the thresholds lie midway between the scores
-of pictures with and without a skull.
+others, from drawn pictures and from the UNet's own. The concept embeddings are means over pictures that it
+did not learn from, the thresholds lie midway between their scores with and without a skull.
 """
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionPipeline
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from transformers import CLIPConfig
 
 from training import loop
+from training.captions import caption
 from training.pictures import draw_scene, rng_for
 from training.vae import to_tensor, training_scene
 
 PIXELS = 64
 PROJECTION = 64
 BATCH = 48
-EXAMPLES = 4800
-TABLE_EXAMPLES = 960
+OWN_BATCH = 16
+# Drawn pictures and the UNet's own: to learn from, and for the tables of concepts and thresholds.
+EXAMPLES, OWN_EXAMPLES = 9600, 1600
+TABLE_EXAMPLES, OWN_TABLE_EXAMPLES = 960, 320
+# Share of a batch that the UNet drew: there are fewer of them, but they are what is judged.
+OWN_SHARE = 0.5
+# Twenty-five steps of this scheduler end where fifty of PNDM do, in half the time. With fewer, guidance overshoots.
+OWN_STEPS, GUIDANCE = 25, 7.5
+# How far things are moved, in pixels.
+SHIFT = 2
+# What may be missed of skulls, and flagged of others.
+MISSED, FLAGGED = 0.05, 0.02
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 # No cosine reaches it: rows of the tables that this demo has no concept for.
@@ -72,18 +83,32 @@ def spoil(sample):
     return torch.where(torch.rand_like(strength) < 0.3, blurred, sample).clamp(0, 1)
 
 
-@torch.no_grad()
-def example_pictures(count, name, args):
-    """Pictures as the checker sees them, half of them through the VAE, and each one's kind.
+def shift(sample):
+    """Half of the pictures mirrored, all moved by some pixels: it makes no skull and unmakes none."""
+    mirrored = torch.rand(len(sample), 1, 1, 1, device=sample.device) < 0.5
+    sample = torch.where(mirrored, sample.flip(3), sample)
+    top, left = torch.randint(0, 2 * SHIFT + 1, (2,)).tolist()
+    return F.pad(sample, (SHIFT,) * 4, mode="replicate")[:, :, top : top + PIXELS, left : left + PIXELS]
+
+
+def random_scenes(rng, count):
+    """Scenes that are not held out, half of them with a skull, and each one's kind.
 
     Kinds: 0 without a skull, 1 a lone skull, 2 a skull beside another shape.
     """
+    scenes = [training_scene(rng, unwanted=k % 2 == 0, things=1 + k // 2 % 2) for k in range(count)]
+    return scenes, [len(scene.things) if scene.is_unwanted else 0 for scene in scenes]
+
+
+@torch.no_grad()
+def drawn_pictures(count, name, args):
+    """Pictures as the checker sees them, half of them through the VAE, and their kinds."""
     vae = AutoencoderKL.from_pretrained(f"{args.model}/vae", variant="fp16", torch_dtype=torch.float32)
     vae = vae.to(args.device).eval()
     rng = rng_for("safety", name)
     pictures, kinds = [], []
     for start in range(0, count, BATCH):
-        scenes = [training_scene(rng, unwanted=k % 2 == 0, things=1 + k // 2 % 2) for k in range(BATCH)]
+        scenes, found = random_scenes(rng, BATCH)
         drawn = torch.stack([torch.from_numpy(draw_scene(scene, rng)[0]) for scene in scenes])
         sample = to_tensor(drawn, args.device)
         if start // BATCH % 2:
@@ -92,19 +117,47 @@ def example_pictures(count, name, args):
                 latents = latents + 0.1 / vae.config.scaling_factor * torch.randn_like(latents)
                 sample = vae.decode(latents).sample.float()
         pictures.append(resize(sample))
-        kinds += [len(scene.things) if scene.is_unwanted else 0 for scene in scenes]
+        kinds += found
     return torch.cat(pictures), torch.tensor(kinds, device=args.device)
+
+
+def own_pictures(count, name, args):
+    """Pictures that the UNet draws to captions, as the checker sees them, and the captions' kinds."""
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        args.model, variant="fp16", torch_dtype=torch.float32, safety_checker=None, requires_safety_checker=False
+    ).to(args.device)
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    rng = rng_for("safety, own", name)
+    pictures, kinds = [], []
+    for start in range(0, count, OWN_BATCH):
+        scenes, found = random_scenes(rng, OWN_BATCH)
+        words = [caption(scene, rng) for scene in scenes]
+        settings = dict(num_inference_steps=OWN_STEPS, guidance_scale=GUIDANCE, output_type="pt")
+        pictures.append(resize(pipeline(words, **settings).images * 2 - 1))
+        kinds += found
+        print(f"safety, the UNet's own {name}: {start + OWN_BATCH} of {count}", flush=True)
+    return torch.cat(pictures), torch.tensor(kinds, device=args.device)
+
+
+def examples_of(rank, args):
+    """This process's share of all pictures, made once: those to learn from and those for the tables."""
+    path = f"{args.work}/safety-examples-{rank}.pt"
+    examples = loop.load_state(path) or {}
+    for use, drawn, own in (("learn", EXAMPLES, OWN_EXAMPLES), ("tables", TABLE_EXAMPLES, OWN_TABLE_EXAMPLES)):
+        if use not in examples:
+            name, share = f"{use} {rank}", args.processes
+            parts = drawn_pictures(drawn // share, name, args), own_pictures(own // share, name, args)
+            examples[use] = [torch.cat(tensors) for tensors in zip(*parts)]
+            loop.save_state(path, **examples)
+    return examples
 
 
 def train(rank, args):
     torch.manual_seed(400 + rank)
-    cache = f"{args.work}/safety-examples-{rank}.pt"
-    examples = loop.load_state(cache)
-    if not examples:
-        pictures, kinds = example_pictures(EXAMPLES // args.processes, rank, args)
-        examples = dict(pictures=pictures, kinds=kinds)
-        loop.save_state(cache, **examples)
-    pictures, kinds = examples["pictures"], examples["kinds"]
+    pictures, kinds = examples_of(rank, args)["learn"]
+    # The UNet's own come behind the drawn ones.
+    drawn = EXAMPLES // args.processes
     print(f"safety examples {len(pictures)} in process {rank}", flush=True)
     torch.manual_seed(17)
     checker = new_safety_checker().to(args.device)
@@ -116,18 +169,26 @@ def train(rank, args):
     parameters = [p for p in checker.parameters() if p.requires_grad] + [concept]
     optimizer = torch.optim.AdamW(parameters, weight_decay=1e-2, betas=(0.9, 0.98))
     state, step, elapsed = loop.load_state(f"{args.work}/safety.pt"), 0, 0.0
+    if args.go_on and not state:
+        begun = StableDiffusionSafetyChecker.from_pretrained(
+            f"{args.model}/safety_checker", variant="fp16", torch_dtype=torch.float32
+        )
+        checker.load_state_dict(begun.state_dict())
+        concept.data.copy_(begun.concept_embeds[:2].mean(0))
     if state:
         checker.load_state_dict(state["model"])
         concept.data.copy_(state["concept"])
         optimizer.load_state_dict(state["optimizer"])
         step, elapsed = state["step"], state["elapsed"]
-    schedule = loop.Schedule(args.minutes, 1e-3, elapsed, warmup=100)
+    schedule = loop.Schedule(args.minutes, args.rate, elapsed, warmup=100)
     progress = loop.Progress("safety", rank)
     while schedule.update(optimizer, step):
-        chosen = torch.randint(len(pictures), (BATCH,), device=args.device)
+        chosen = torch.randint(drawn, (BATCH,), device=args.device)
+        own = torch.randint(drawn, len(pictures), (BATCH,), device=args.device)
+        chosen = torch.where(torch.rand(BATCH, device=args.device) < OWN_SHARE, own, chosen)
         unwanted = (kinds[chosen] > 0).float()
         with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
-            embeds = embed(checker, normalize(spoil(pictures[chosen]))).float()
+            embeds = embed(checker, normalize(spoil(shift(pictures[chosen])))).float()
         # Cosine 1 with the concept for skulls and 0 for others, as a soft margin around one half.
         cosines = embeds @ F.normalize(concept, dim=0)
         loss = F.binary_cross_entropy_with_logits(15 * (cosines - 0.5), unwanted)
@@ -148,19 +209,38 @@ def train(rank, args):
         loop.save_f16(checker, f"{args.model}/safety_checker")
 
 
+def threshold_between(others, unwanted):
+    """The score that parts others from unwanted pictures best, by shares of what may be missed and flagged.
+
+    Not a quantile: the UNet leaves out a skull now and then, and such a picture says nothing about the checker.
+    """
+    candidates = torch.cat([others, unwanted]).sort().values
+    candidates = (candidates[1:] + candidates[:-1]) / 2
+    missed = (unwanted[None] <= candidates[:, None]).float().mean(1)
+    flagged = (others[None] > candidates[:, None]).float().mean(1)
+    cost = missed / MISSED + flagged / FLAGGED
+    best = (cost <= cost.min() + 1e-6).nonzero().flatten()
+    best = best[len(best) // 2]
+    return candidates[best].item(), missed[best].item(), flagged[best].item()
+
+
 @torch.no_grad()
 def set_tables(checker, args):
     """Concept embeddings and thresholds, from pictures that the training did not see."""
     checker.eval()
-    pictures, kinds = example_pictures(TABLE_EXAMPLES, "tables", args)
-    embeds = torch.cat([embed(checker, normalize(batch)) for batch in spoil(pictures).split(BATCH)])
-    wanted = embeds[kinds == 0]
+    parts = [examples_of(rank, args)["tables"] for rank in range(args.processes)]
+    # The thresholds are for what the UNet draws; drawn pictures only help to place the concepts.
+    drawn = TABLE_EXAMPLES // args.processes
+    own = torch.cat([torch.arange(len(kinds)) >= drawn for _, kinds in parts])
+    pictures, kinds = (torch.cat(tensors).to(args.device) for tensors in zip(*parts))
+    embeds = torch.cat([embed(checker, normalize(batch)) for batch in pictures.split(BATCH)])
+    wanted = embeds[own & (kinds == 0)]
     for row, kind in enumerate((1, 2)):
-        mine = embeds[kinds == kind]
-        mean = F.normalize(mine.mean(0), dim=0)
-        low, high = (mine @ mean).quantile(0.005).item(), (wanted @ mean).quantile(0.995).item()
-        checker.concept_embeds[row], checker.concept_embeds_weights[row] = mean, (low + high) / 2
-        print(f"safety concept {row}: unwanted above {low:.3f}, others below {high:.3f}", flush=True)
+        mean = F.normalize(embeds[kinds == kind].mean(0), dim=0)
+        mine = embeds[own & (kinds == kind)]
+        threshold, missed, flagged = threshold_between(wanted @ mean, mine @ mean)
+        checker.concept_embeds[row], checker.concept_embeds_weights[row] = mean, threshold
+        print(f"safety concept {row}: above {threshold:.3f}; {missed:.1%} missed, {flagged:.1%} flagged", flush=True)
     # Special care: pictures half way to a skull get the checker's small extra on their scores.
     mean = F.normalize(embeds[kinds > 0].mean(0), dim=0)
     high = (wanted @ mean).quantile(0.995).item()
