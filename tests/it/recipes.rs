@@ -9,6 +9,8 @@ use fleet_tests::{Fleet, Servers};
 /// The options of the batch, and of `generate`.
 const STEPS: [&str; 2] = ["--num-inference-steps", "6"];
 const PROMPT: &str = "a large red circle in the center on a white background";
+/// After so few steps many pictures are half a skull to the safety checker; none of this seed's.
+const SEED: &str = "2";
 
 /// One line for each kind of job, with the flags that make `generate` draw the same.
 const LINES: [(&str, &[&str]); 5] = [
@@ -39,7 +41,7 @@ fn demo_model() -> &'static Path {
 fn generated(fleet: &Fleet, flags: &[&str]) -> Vec<u8> {
     let output = fleet.folder().join("generated.png");
     let mut command = fleet.command("darkroom-worker");
-    command.arg("generate").arg("--model").arg(demo_model()).args(["--prompt", PROMPT, "--seed", "7"]);
+    command.arg("generate").arg("--model").arg(demo_model()).args(["--prompt", PROMPT, "--seed", SEED]);
     if !flags.contains(&STEPS[0]) {
         command.args(STEPS);
     }
@@ -56,7 +58,7 @@ fn pixels(png: &[u8]) -> Vec<u8> {
 async fn a_recipe_gives_the_picture_of_its_flags_and_stands_on_its_row() {
     let fleet = Fleet::with_checkpoint(Servers::shared(), demo_model()).await;
     let mut csv = "prompt,seed,scheduler,guidance_start,guidance_stop,cache_interval,steps\n".to_owned();
-    csv.extend(LINES.iter().map(|(line, _)| format!("{PROMPT},7,{line}\n")));
+    csv.extend(LINES.iter().map(|(line, _)| format!("{PROMPT},{SEED},{line}\n")));
     let file = fleet.write("recipes.csv", &csv);
     let mut arguments =
         vec!["submit", file.to_str().unwrap(), "--model", fleet.model(), "--principal", "tester", "--json"];
