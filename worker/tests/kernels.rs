@@ -304,6 +304,14 @@ fn whole_networks_by_pixels_equal_diffusers() {
             let text = unet.project_text(&states.narrow(0, 0, 1)).unwrap();
             let output = unet.forward(&expected["sample_9x13"], time, &text).unwrap();
             assert_close(&format!("{name} {checkpoint} 9x13"), &output, &expected["output_9x13"]);
+            // With guidance there are two texts for each sample.
+            let text = unet.project_text(&states.narrow(0, 0, 2)).unwrap();
+            let sample = &expected["sample_9x13"];
+            let (once, deep_once) = unet.forward_and_keep(sample, time, &text).unwrap();
+            let twice = Tensor::cat(&[sample, sample], 0);
+            let (apart, deep_apart) = unet.forward_and_keep(&twice, time, &text).unwrap();
+            assert_close(&format!("{name} {checkpoint}, two texts"), &once, &apart);
+            assert_close(&format!("{name} {checkpoint}, two texts, inner layers"), &deep_once, &deep_apart);
 
             let expected = tensors(&format!("{checkpoint}-stages/vae.safetensors"));
             let vae_config = config(checkpoint, "vae/config.json", AutoencoderKLConfig::read);

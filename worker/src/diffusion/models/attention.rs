@@ -167,14 +167,12 @@ fn attend(query: &Tensor, text: &KeyValue) -> Result<Tensor, TchError> {
     attended.f_transpose(1, 2)?.f_flatten(2, 3)
 }
 
-/// What is the same for two texts, as often as there are texts.
-pub fn for_each_text(hidden_states: Tensor, text: Option<&KeyValue>) -> Result<Tensor, TchError> {
-    match text {
-        Some(text) if text.num_rows() == 2 * hidden_states.size()[0] => {
-            Tensor::f_cat(&[&hidden_states, &hidden_states], 0)
-        }
-        _ => Ok(hidden_states),
+/// `tensor`, or, where it has half of `num_rows`, that twice: what is the same for two texts, for each of them.
+pub fn with_rows(tensor: &Tensor, num_rows: Option<i64>) -> Result<Tensor, TchError> {
+    if num_rows == Some(2 * tensor.size()[0]) {
+        return Tensor::f_cat(&[tensor, tensor], 0);
     }
+    Ok(tensor.shallow_clone())
 }
 
 /// `FeedForward` with `GEGLU`: one half of a projection gates the other.
@@ -284,7 +282,7 @@ impl BasicTransformerBlock {
     /// `text` has twice the rows, its halves are two texts for the same samples, and so are those of what comes out.
     pub fn forward(&self, hidden_states: &Tensor, text: Option<&KeyValue>) -> Result<Tensor, TchError> {
         let attended = self.attn1.forward(&self.norm1.forward(hidden_states)?)?.f_add_(hidden_states)?;
-        let attended = for_each_text(attended, text)?;
+        let attended = with_rows(&attended, text.map(KeyValue::num_rows))?;
         let normalized = self.norm2.forward(&attended)?;
         let attended = match text {
             Some(text) => self.attn2.forward(&normalized, text)?,
@@ -295,11 +293,12 @@ impl BasicTransformerBlock {
     }
 
     /// As [`Self::forward`], in place and without the output projections' biases, which [`Self::leave_biases`] has passed
-    /// on: each sum is part of a product. `hidden_states` lies in one piece.
+    /// on: each sum is part of a product. `hidden_states` lies in one piece; for two texts it becomes one of twice the rows.
     pub fn accumulate(&self, hidden_states: &mut Tensor, text: Option<&KeyValue>) -> Result<(), TchError> {
         let Pending { norm1, norm2, norm3 } = &self.pending;
         let normalized = self.norm1.forward_pending(hidden_states, norm1.as_ref())?;
         self.attn1.to_out.add_without_bias(hidden_states, &self.attn1.attended(&normalized)?)?;
+        *hidden_states = with_rows(hidden_states, text.map(KeyValue::num_rows))?;
         let normalized = self.norm2.forward_pending(hidden_states, norm2.as_ref())?;
         let attended = match text {
             Some(text) => self.attn2.attended(&normalized, text)?,

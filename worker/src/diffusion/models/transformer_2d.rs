@@ -5,7 +5,7 @@ use tch::{TchError, Tensor};
 use super::super::kernels::Kernels;
 use super::super::nn::{GroupNorm, Linear};
 use super::super::weights::Weights;
-use super::attention::{BasicTransformerBlock, KeyValue, for_each_text};
+use super::attention::{BasicTransformerBlock, KeyValue, with_rows};
 
 /// Epsilon of the GroupNorm before the blocks, which is not the ResNets' (diffusers'
 /// `_init_continuous_input`).
@@ -101,6 +101,6 @@ impl Transformer2DModel {
         let projected = self.proj_out.forward(&sequence)?;
         let map = projected.f_view([-1, height, width, channels])?.f_permute([0, 3, 1, 2])?;
         // In this order, as the sum is laid out in memory like its first term.
-        for_each_text(hidden_states.shallow_clone(), text.first())?.f_add(&map)
+        with_rows(hidden_states, text.first().map(KeyValue::num_rows))?.f_add(&map)
     }
 }

@@ -7,7 +7,7 @@ use tch::{Kind, TchError, Tensor};
 
 use super::super::nn::{Conv2d, GroupNorm};
 use super::super::weights::Weights;
-use super::attention::KeyValue;
+use super::attention::{KeyValue, with_rows};
 use super::embeddings::{TimestepEmbedding, Timesteps};
 use super::resnet::ResnetConfig;
 use super::transformer_2d::Transformer2DConfig;
@@ -291,14 +291,6 @@ impl UNet2DConditionModel {
         }
         Ok(hidden_states)
     }
-}
-
-/// `tensor`, or twice that where it has half of `num_rows`.
-fn with_rows(tensor: &Tensor, num_rows: Option<i64>) -> Result<Tensor, TchError> {
-    if num_rows == Some(2 * tensor.size()[0]) {
-        return Tensor::f_cat(&[tensor, tensor], 0);
-    }
-    Ok(tensor.shallow_clone())
 }
 
 /// The ResNets of down and up blocks.
