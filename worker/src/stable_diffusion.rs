@@ -68,6 +68,12 @@ impl StableDiffusionPipeline {
         Ok(Self { model, identity, folder: folder.to_owned(), fingerprint })
     }
 
+    /// What computed pictures of a call of so many at once, if their bits depend on it.
+    fn computed_at_once(&self, batch_size: usize) -> Option<Box<EngineFingerprint>> {
+        let engine = self.fingerprint.clone()?;
+        Some(Box::new(EngineFingerprint { batch_size, ..engine }))
+    }
+
     /// One call, in a smaller batch where made-up pictures were too much for the memory: they must not cost real ones their
     /// place.
     fn generate_in_memory(
@@ -138,10 +144,7 @@ impl StableDiffusionPipeline {
             *picture = match generation {
                 Ok(mut generation) => match generation.images.pop() {
                     Some(image) => {
-                        let fingerprint = self.fingerprint.clone();
-                        let fingerprint =
-                            fingerprint.map(|engine| EngineFingerprint { batch_size: 1, ..engine });
-                        outcome(image, ComputeDtype::F32, parameters.recipe, fingerprint.as_ref())
+                        outcome(image, ComputeDtype::F32, parameters.recipe, self.computed_at_once(1))
                     }
                     None => continue,
                 },
@@ -166,12 +169,10 @@ impl Pipeline for StableDiffusionPipeline {
         let parameters = parameters(specs[0]);
         let generation = self.generate_in_memory(&requests, &parameters, control)?;
         let dtype = self.model.options().dtype;
-        let fingerprint = self.fingerprint.clone();
-        let fingerprint =
-            fingerprint.map(|engine| EngineFingerprint { batch_size: generation.batch_size, ..engine });
+        let engine = || self.computed_at_once(generation.batch_size);
         let images = generation.images.into_iter();
         let mut pictures: Vec<_> =
-            images.map(|image| outcome(image, dtype, parameters.recipe, fingerprint.as_ref())).collect();
+            images.map(|image| outcome(image, dtype, parameters.recipe, engine())).collect();
         self.retry_in_f32(specs, &mut pictures, control);
         Ok(Generated { pictures, times: times(generation.seconds) })
     }
@@ -265,7 +266,7 @@ fn outcome(
     image: Result<diffusion::GeneratedImage, ImageError>,
     dtype: ComputeDtype,
     recipe: Recipe,
-    engine: Option<&EngineFingerprint>,
+    engine: Option<Box<EngineFingerprint>>,
 ) -> PictureOutcome {
     match image {
         Ok(image) => {
@@ -283,7 +284,7 @@ fn outcome(
                 prompt_truncated: image.truncated_prompt.is_some(),
                 dtype: dtype.to_string(),
                 recipe: recipe.into(),
-                engine: engine.cloned().map(Box::new),
+                engine,
             })
         }
         Err(ImageError::Dropped { .. }) => PictureOutcome::Dropped,

@@ -15,6 +15,8 @@ use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
 use nix::libc;
 use tracing::{info, warn};
 
+use super::device::linkers_words;
+
 /// The compiled `worker/cuda/shim.cpp`; empty if it could not be compiled.
 const SHIM: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/cuda_shim.so"));
 
@@ -125,10 +127,7 @@ impl Shim {
         };
         file.write_all(SHIM).map_err(|error| failed(error.to_string()))?;
         let path = format!("/proc/self/fd/{}", file.as_raw_fd());
-        // The library's own error says only that opening failed; the linker's words are its cause.
-        let words = |error: libloading::Error| {
-            failed(std::error::Error::source(&error).map_or_else(|| error.to_string(), ToString::to_string))
-        };
+        let words = |error: libloading::Error| failed(linkers_words(&error));
         // SAFETY: it runs nothing when it is opened, the signatures are those of shim.cpp, and it is never closed.
         unsafe {
             let library =

@@ -160,11 +160,10 @@ const CUDA_RUNTIME: &str = "libcudart.so.13";
 pub fn device_memory_in_use() -> Option<u64> {
     type MemGetInfo = unsafe extern "C" fn(free: *mut usize, total: *mut usize) -> i32;
     let (mut free, mut total) = (0, 0);
-    // SAFETY: the library is open already or is opened for good; the signature is the CUDA runtime's own, and both
-    // pointers are to numbers of ours.
+    let runtime = open_for_good(CUDA_RUNTIME).ok()?;
+    // SAFETY: the signature is the CUDA runtime's own, and both pointers are to numbers of ours.
     let status = unsafe {
-        let library = std::mem::ManuallyDrop::new(Library::open(Some(CUDA_RUNTIME), RTLD_NOW).ok()?);
-        let mem_get_info = library.get::<MemGetInfo>(b"cudaMemGetInfo\0").ok()?;
+        let mem_get_info = runtime.get::<MemGetInfo>(b"cudaMemGetInfo\0").ok()?;
         mem_get_info(&raw mut free, &raw mut total)
     };
     (status == 0).then(|| (total - free) as u64)
@@ -174,25 +173,29 @@ pub fn device_memory_in_use() -> Option<u64> {
 /// registry still points to.
 pub fn open_cuda_libraries() -> Result<(), DeviceError> {
     static OPENED: OnceLock<Result<(), DeviceError>> = OnceLock::new();
-    OPENED.get_or_init(|| open_and_leak(CUDA_LIBRARY)).clone()
+    OPENED.get_or_init(|| open_for_cuda(CUDA_LIBRARY)).clone()
 }
 
-/// Opens a library with its symbols visible to libraries opened later, and keeps it for the life of the process.
-fn open_and_leak(library: &'static str) -> Result<(), DeviceError> {
-    // SAFETY: the library's initializers are libtorch's own kernel registrations, made to run when it is opened; it is
-    // never closed, so nothing they registered can dangle.
+/// Opens libtorch's CUDA half, or a library that stands for it.
+fn open_for_cuda(library: &'static str) -> Result<(), DeviceError> {
+    let opened = open_for_good(library);
+    opened.map(|_| ()).map_err(|reason| DeviceError::CudaLibraries { library, reason })
+}
+
+/// Opens a library with its symbols visible to libraries opened later, and keeps it for the life of the process; or what the
+/// dynamic linker says.
+pub(super) fn open_for_good(library: &'static str) -> Result<&'static Library, String> {
+    // SAFETY: the initializers are those of libtorch and of CUDA's own libraries, made to run when they are opened; nothing is
+    // ever closed, so nothing that they registered can dangle.
     match unsafe { Library::open(Some(library), RTLD_NOW | RTLD_GLOBAL) } {
-        Ok(handle) => {
-            std::mem::forget(handle);
-            Ok(())
-        }
-        Err(error) => {
-            // The error itself only says that opening failed; the linker's words are its cause.
-            let reason =
-                std::error::Error::source(&error).map_or_else(|| error.to_string(), ToString::to_string);
-            Err(DeviceError::CudaLibraries { library, reason })
-        }
+        Ok(opened) => Ok(Box::leak(Box::new(opened))),
+        Err(error) => Err(linkers_words(&error)),
     }
+}
+
+/// The dynamic linker's words: the error itself only says that something failed, its cause says what.
+pub(super) fn linkers_words(error: &libloading::Error) -> String {
+    std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string)
 }
 
 impl fmt::Display for ComputeDevice {
@@ -291,7 +294,7 @@ mod tests {
 
     #[test]
     fn a_missing_library_is_an_error_with_a_hint() {
-        let error = open_and_leak("libdarkroom_no_such_library.so").unwrap_err().to_string();
+        let error = open_for_cuda("libdarkroom_no_such_library.so").unwrap_err().to_string();
         assert!(error.starts_with("libdarkroom_no_such_library.so cannot be opened: "), "{error}");
         assert!(error.contains("No such file or directory"), "{error}");
         assert!(error.contains("hint: a GPU worker needs"), "{error}");

@@ -1,8 +1,8 @@
 //! A component's weights: one memory-mapped safetensors file, handed out tensor by tensor under the names and shapes
 //! that the model asks for; or, for benchmarks, numbers drawn on the spot ([`super::drawn_weights`]).
 //!
-//! The file is never read whole: each tensor is copied from the map, converted to the compute dtype and put on the
-//! device, and the pages behind it can be dropped. A tensor that is missing or has another shape does not stop the
+//! Each tensor is copied from the map, converted to the compute dtype and put on the device; the pages behind it are read ahead
+//! and can be dropped afterwards. A tensor that is missing or has another shape does not stop the
 //! building of the model; it is recorded, an empty tensor stands in for it, and [`WeightFile::into_faults`] tells in
 //! the end, together with the tensors that nobody asked for.
 
@@ -206,10 +206,9 @@ impl WeightFile {
 
 /// Brings a file into memory from its start to its end, on a thread of its own, while its tensors are copied: they lie in
 /// another order than they are asked for in, and fetching them page by page takes several times as long as the disk needs.
-/// Stops when the file is no longer used. Where the kernel or the system has no thread or advice to give, nothing is lost
-/// but time.
+/// Stops when the file is no longer used. Where this is refused, nothing is lost but time.
 fn read_ahead(map: Arc<Mmap>) {
-    // A name is not worth an error; neither is the thread.
+    // Without a thread to be had, the pages come one by one.
     let _ = thread::Builder::new().name("read-ahead".to_owned()).spawn(move || {
         let mut start = 0;
         while start < map.len() && Arc::strong_count(&map) > 1 {

@@ -105,12 +105,7 @@ impl Launch for HostKernels {
             Argument::Float(_) => b'f',
         };
         let kinds = CString::new(call.arguments.iter().map(letter).collect::<Vec<_>>())?;
-        let bytes = |argument: &Argument| match *argument {
-            Argument::Address(address) => address,
-            Argument::Int(value) => u64::from(value.cast_unsigned()),
-            Argument::Float(value) => u64::from(value.to_bits()),
-        };
-        let mut values: Vec<u64> = call.arguments.iter().map(bytes).collect();
+        let mut values: Vec<u64> = call.arguments.iter().map(|argument| argument.bits()).collect();
         let mut pointers: Vec<*mut c_void> =
             values.iter_mut().map(|value| std::ptr::from_mut(value).cast()).collect();
         let mut message = [0; 256];

@@ -7,11 +7,12 @@ use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
 use std::ptr;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
+use libloading::os::unix::Library;
 use tch::{Device, TchError};
 
+use super::super::device::open_for_good;
 use super::cubins;
-use super::launch::{Argument, Call, Kernel, Launch};
+use super::launch::{Call, Kernel, Launch};
 
 /// The driver's library.
 const DRIVER: &str = "libcuda.so.1";
@@ -170,7 +171,7 @@ impl Launch for CudaKernels {
             )));
         }
         // The driver reads as many bytes from each pointer as the parameter has: the values of an `Argument`, and not it.
-        let mut values: Vec<u64> = call.arguments.iter().copied().map(bits).collect();
+        let mut values: Vec<u64> = call.arguments.iter().map(|argument| argument.bits()).collect();
         let mut pointers: Vec<*mut c_void> =
             values.iter_mut().map(|value| ptr::from_mut(value).cast()).collect();
         self.functions.within(self.context, || {
@@ -196,18 +197,10 @@ impl Launch for CudaKernels {
     }
 }
 
-/// An argument's bytes, the first ones of a number as this machine (little endian) keeps it.
-fn bits(argument: Argument) -> u64 {
-    match argument {
-        Argument::Address(address) => address,
-        Argument::Int(value) => u64::from(value.cast_unsigned()),
-        Argument::Float(value) => u64::from(value.to_bits()),
-    }
-}
-
 impl Functions {
     /// Finds them all; the libraries stay open for the life of the process.
     fn open() -> Result<Self, OpenError> {
+        let open = |library| open_for_good(library).map_err(|reason| OpenError::Library { library, reason });
         let (driver, libtorch) = (open(DRIVER)?, open(LIBTORCH)?);
         // SAFETY: each field has the type of the function of that name in the library's header.
         unsafe {
@@ -259,20 +252,6 @@ impl Functions {
     }
 }
 
-/// Opens a library and never closes it.
-fn open(library: &'static str) -> Result<&'static Library, OpenError> {
-    // SAFETY: libraries of the driver and of libtorch, made to be opened; they stay open.
-    match unsafe { Library::open(Some(library), RTLD_NOW | RTLD_GLOBAL) } {
-        Ok(opened) => Ok(Box::leak(Box::new(opened))),
-        Err(error) => {
-            // The error itself only says that opening failed; the linker's words are its cause.
-            let reason =
-                std::error::Error::source(&error).map_or_else(|| error.to_string(), ToString::to_string);
-            Err(OpenError::Library { library, reason })
-        }
-    }
-}
-
 /// # Safety
 /// `F` is the type of the function.
 unsafe fn find<F: Copy>(
@@ -291,14 +270,6 @@ unsafe fn find<F: Copy>(
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn arguments_are_the_bytes_that_the_driver_copies() {
-        let bytes = |argument| bits(argument).to_le_bytes();
-        assert_eq!(bytes(Argument::Int(-2))[..4], (-2i32).to_le_bytes());
-        assert_eq!(bytes(Argument::Float(1.5))[..4], 1.5f32.to_le_bytes());
-        assert_eq!(bytes(Argument::Address(u64::MAX - 7)), (u64::MAX - 7).to_le_bytes());
-    }
 
     #[test]
     fn a_machine_without_a_driver_says_what_is_missing() {

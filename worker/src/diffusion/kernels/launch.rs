@@ -92,6 +92,18 @@ pub enum Argument {
     Float(f32),
 }
 
+impl Argument {
+    /// What is copied for a parameter: as many of the number's bytes as the parameter has, from the first, as this machine (little
+    /// endian) keeps them.
+    pub fn bits(self) -> u64 {
+        match self {
+            Self::Address(address) => address,
+            Self::Int(value) => u64::from(value.cast_unsigned()),
+            Self::Float(value) => u64::from(value.to_bits()),
+        }
+    }
+}
+
 /// A kernel with its grid and arguments.
 #[derive(Debug, Clone)]
 pub struct Call<'a> {
@@ -121,4 +133,17 @@ pub trait Launch: fmt::Debug + Send + Sync {
     /// The arguments must be what the kernel's parameters are, and their addresses those of as many values as the kernel
     /// reads or writes, which live until libtorch's stream has passed the launch.
     unsafe fn launch(&self, call: &Call<'_>) -> Result<(), TchError>;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn arguments_are_the_bytes_that_the_driver_copies() {
+        let bytes = |argument: Argument| argument.bits().to_le_bytes();
+        assert_eq!(bytes(Argument::Int(-2))[..4], (-2i32).to_le_bytes());
+        assert_eq!(bytes(Argument::Float(1.5))[..4], 1.5f32.to_le_bytes());
+        assert_eq!(bytes(Argument::Address(u64::MAX - 7)), (u64::MAX - 7).to_le_bytes());
+    }
 }

@@ -78,22 +78,19 @@ impl ResnetBlock2D {
     pub fn forward(&self, input: &Tensor, time_bias: Option<&Tensor>) -> Result<Tensor, TchError> {
         let time_bias = time_bias.unwrap_or_else(|| self.conv1.bias());
         let normalized = self.norm1.forward_silu(input, None)?;
-        let mut output = if self.kernels.is_fused() {
+        let is_fused = self.kernels.is_fused();
+        let mut hidden_states = if is_fused {
             // The biases come in where the next operation reads its input anyway.
             let hidden_states = self.conv1.forward_without_bias(&normalized)?;
-            let normalized = self.norm2.forward_silu(&hidden_states, Some(time_bias))?;
-            let mut hidden_states = self.conv2.forward_without_bias(&normalized)?;
-            match &self.conv_shortcut {
-                Some(conv_shortcut) => hidden_states.f_add_(&conv_shortcut.forward(input)?)?,
-                None => self.kernels.add_bias_residual(hidden_states, self.conv2.bias(), input)?,
-            }
+            self.conv2.forward_without_bias(&self.norm2.forward_silu(&hidden_states, Some(time_bias))?)?
         } else {
             let hidden_states = self.conv1.forward_with_bias(&normalized, time_bias)?;
-            let mut hidden_states = self.conv2.forward(&self.norm2.forward_silu(&hidden_states, None)?)?;
-            match &self.conv_shortcut {
-                Some(conv_shortcut) => hidden_states.f_add_(&conv_shortcut.forward(input)?)?,
-                None => hidden_states.f_add_(input)?,
-            }
+            self.conv2.forward(&self.norm2.forward_silu(&hidden_states, None)?)?
+        };
+        let mut output = match &self.conv_shortcut {
+            Some(conv_shortcut) => hidden_states.f_add_(&conv_shortcut.forward(input)?)?,
+            None if is_fused => self.kernels.add_bias_residual(hidden_states, self.conv2.bias(), input)?,
+            None => hidden_states.f_add_(input)?,
         };
         if self.output_scale_factor == 1.0 {
             return Ok(output);
