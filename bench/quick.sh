@@ -9,20 +9,13 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
-BINARY=${BINARY:-target/release/darkroom-worker}
-PYTHON=${PYTHON:-python3}
-DEVICE=${DEVICE:-cpu}
-OUT=${OUT:-bench/out}
+. bench/settings.sh
 BUDGET=${BUDGET:-460}
 if [[ $DEVICE == cuda* ]]; then
   SIZE=${SIZE:-full} CHECK_SIZE=${CHECK_SIZE:-small} STEPS=${STEPS:-50} DTYPE=${DTYPE:-f16} BATCH_SIZES=${BATCH_SIZES:-33,8,1} COMPANY=${COMPANY:-8}
-  LD_LIBRARY_PATH=$("$PYTHON" -c 'import os, torch; print(os.path.join(os.path.dirname(torch.__file__), "lib"))') || exit 1
-  export LD_LIBRARY_PATH
 else
   SIZE=${SIZE:-tiny} CHECK_SIZE=${CHECK_SIZE:-tiny} STEPS=${STEPS:-5} DTYPE=${DTYPE:-f32} BATCH_SIZES=${BATCH_SIZES:-2,1} COMPANY=${COMPANY:-3}
 fi
-[ -x "$BINARY" ] || { echo "quick: there is no $BINARY; build it first, or set BINARY" >&2; exit 1; }
-mkdir -p "$OUT"
 
 failed=0
 # A part: its name, the seconds it may take at most, and the options of `bench`. Cut to what is left of the budget.

@@ -12,19 +12,12 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-BINARY=${BINARY:-target/release/darkroom-worker}
-PYTHON=${PYTHON:-python3}
-DEVICE=${DEVICE:-cpu}
-OUT=${OUT:-bench/out}
+. bench/settings.sh
 MODELS=${MODELS:-$OUT/models}
 if [[ $DEVICE == cuda* ]]; then
   SIZES=${SIZES:-full} STEPS=${STEPS:-50} DTYPES=${DTYPES:-f16,bf16} ROUNDS=${ROUNDS:-5}
   BATCH_SIZES=${BATCH_SIZES:-1,4,8,16,32,33,64,66} KERNELS=${KERNELS:-fused plain}
-  # Ours opens the CUDA half of the very libtorch that Python has.
-  LD_LIBRARY_PATH=$("$PYTHON" -c 'import os, torch; print(os.path.join(os.path.dirname(torch.__file__), "lib"))')
-  export LD_LIBRARY_PATH
   # Clocks, power and memory of the whole time, to tell a throttled run from a good one.
-  mkdir -p "$OUT"
   nvidia-smi --query-gpu=timestamp,name,driver_version,clocks.sm,power.draw,temperature.gpu,memory.used \
     --format=csv --loop=1 >"$OUT/gpu.csv" &
   trap 'kill $!' EXIT
@@ -32,8 +25,7 @@ else
   SIZES=${SIZES:-tiny small} STEPS=${STEPS:-10} DTYPES=${DTYPES:-f32} ROUNDS=${ROUNDS:-5} BATCH_SIZES=${BATCH_SIZES:-1}
   KERNELS=plain
 fi
-[ -x "$BINARY" ] || { echo "bench: there is no $BINARY; build it first, or set BINARY" >&2; exit 1; }
-mkdir -p "$OUT" "$MODELS"
+mkdir -p "$MODELS"
 
 for size in $SIZES; do
   for kernels in $KERNELS; do

@@ -20,10 +20,11 @@ use worker::diffusion::models::resnet::{Downsample2D, ResnetBlock2D, ResnetConfi
 use worker::diffusion::models::transformer_2d::{Transformer2DConfig, Transformer2DModel};
 use worker::diffusion::models::unet_2d_blocks::{
     CrossAttnDownBlock2D, CrossAttnUpBlock2D, DownBlock, DownBlock2D, DownBlockConfig, UNetMidBlock2D,
-    UNetMidBlock2DCrossAttn, UpBlock, UpBlock2D, UpBlockConfig, UpDecoderBlock2D,
+    UNetMidBlock2DCrossAttn, UpBlock, UpBlock2D, UpBlockConfig,
 };
 use worker::diffusion::models::unet_2d_condition::UNet2DConditionModel;
 use worker::diffusion::models::unet_2d_config::UNet2DConditionConfig;
+use worker::diffusion::models::vae::UpDecoderBlock2D;
 use worker::diffusion::rng::Generator;
 use worker::diffusion::safety_checker::{SafetyCheckerConfig, StableDiffusionSafetyChecker};
 

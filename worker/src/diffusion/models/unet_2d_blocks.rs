@@ -453,7 +453,7 @@ impl CrossAttnUpBlock2D {
 }
 
 /// The end of an up block.
-fn upsample(
+pub(super) fn upsample(
     upsampler: Option<&Upsample2D>,
     hidden_states: Tensor,
     upsample_size: Option<[i64; 2]>,
@@ -461,42 +461,5 @@ fn upsample(
     match upsampler {
         Some(upsampler) => upsampler.forward(&hidden_states, upsample_size),
         None => Ok(hidden_states),
-    }
-}
-
-/// A block of the VAE's decoder, `UpDecoderBlock2D`: ResNets without time embedding, then an upsampler.
-#[derive(Debug)]
-pub struct UpDecoderBlock2D {
-    resnets: Vec<ResnetBlock2D>,
-    upsampler: Option<Upsample2D>,
-}
-
-impl UpDecoderBlock2D {
-    /// Takes the tensors of a block from `in_channels` to `out_channels`.
-    pub fn load(
-        weights: &Weights<'_>,
-        in_channels: i64,
-        out_channels: i64,
-        num_layers: i64,
-        add_upsample: bool,
-        resnet: &ResnetConfig,
-    ) -> Self {
-        let resnets = weights / "resnets";
-        let resnet_in_channels = |i| if i == 0 { in_channels } else { out_channels };
-        Self {
-            resnets: (0..num_layers)
-                .map(|i| ResnetBlock2D::load(&(&resnets / i), resnet_in_channels(i), out_channels, resnet))
-                .collect(),
-            upsampler: add_upsample.then(|| Upsample2D::load(&(weights / "upsamplers" / 0), out_channels)),
-        }
-    }
-
-    /// `(batch_size, in_channels, height, width)` to `out_channels`, and to twice the size with an upsampler.
-    pub fn forward(&self, hidden_states: &Tensor) -> Result<Tensor, TchError> {
-        let mut hidden_states = hidden_states.shallow_clone();
-        for resnet in &self.resnets {
-            hidden_states = resnet.forward(&hidden_states, None)?;
-        }
-        upsample(self.upsampler.as_ref(), hidden_states, None)
     }
 }

@@ -5,8 +5,8 @@ use tch::{TchError, Tensor};
 use super::super::nn::{Conv2d, GroupNorm};
 use super::super::weights::Weights;
 use super::autoencoder_kl::AutoencoderKLConfig;
-use super::resnet::ResnetConfig;
-use super::unet_2d_blocks::{UNetMidBlock2D, UpDecoderBlock2D};
+use super::resnet::{ResnetBlock2D, ResnetConfig, Upsample2D};
+use super::unet_2d_blocks::{UNetMidBlock2D, upsample};
 
 /// Epsilon of all GroupNorms in the VAE (`resnet_eps` in diffusers' `Decoder`).
 const NORM_EPS: f64 = 1e-6;
@@ -76,5 +76,42 @@ impl Decoder {
             hidden_states = block.forward(&hidden_states)?;
         }
         self.conv_out.forward(&self.conv_norm_out.forward_silu(&hidden_states, None)?)
+    }
+}
+
+/// `UpDecoderBlock2D` (diffusers' `models/unets/unet_2d_blocks.py`): ResNets without time embedding, then an upsampler.
+#[derive(Debug)]
+pub struct UpDecoderBlock2D {
+    resnets: Vec<ResnetBlock2D>,
+    upsampler: Option<Upsample2D>,
+}
+
+impl UpDecoderBlock2D {
+    /// Takes the tensors of a block from `in_channels` to `out_channels`.
+    pub fn load(
+        weights: &Weights<'_>,
+        in_channels: i64,
+        out_channels: i64,
+        num_layers: i64,
+        add_upsample: bool,
+        resnet: &ResnetConfig,
+    ) -> Self {
+        let resnets = weights / "resnets";
+        let resnet_in_channels = |i| if i == 0 { in_channels } else { out_channels };
+        Self {
+            resnets: (0..num_layers)
+                .map(|i| ResnetBlock2D::load(&(&resnets / i), resnet_in_channels(i), out_channels, resnet))
+                .collect(),
+            upsampler: add_upsample.then(|| Upsample2D::load(&(weights / "upsamplers" / 0), out_channels)),
+        }
+    }
+
+    /// `(batch_size, in_channels, height, width)` to `out_channels`, and to twice the size with an upsampler.
+    pub fn forward(&self, hidden_states: &Tensor) -> Result<Tensor, TchError> {
+        let mut hidden_states = hidden_states.shallow_clone();
+        for resnet in &self.resnets {
+            hidden_states = resnet.forward(&hidden_states, None)?;
+        }
+        upsample(self.upsampler.as_ref(), hidden_states, None)
     }
 }

@@ -51,11 +51,7 @@ impl Scheduler for DDIMScheduler {
         let timestep = self.timesteps[step_index] as i64;
         let prev_timestep = timestep - (self.schedule.num_train_timesteps / self.num_inference_steps) as i64;
         let alpha_prod_t = self.schedule.alpha_prod(timestep)?;
-        let alpha_prod_t_prev = if prev_timestep >= 0 {
-            self.schedule.alpha_prod(prev_timestep)?
-        } else {
-            self.final_alpha_cumprod.shallow_clone()
-        };
+        let alpha_prod_t_prev = self.schedule.alpha_prod_or(prev_timestep, &self.final_alpha_cumprod)?;
         let (sqrt_alpha, sqrt_beta) = (sqrt(&alpha_prod_t)?, sqrt(&one_minus(&alpha_prod_t)?)?);
         let (pred_original_sample, pred_epsilon) = match self.prediction_type {
             PredictionType::Epsilon => {
@@ -76,11 +72,8 @@ impl Scheduler for DDIMScheduler {
         let step = |timestep: &f64| {
             let prev_timestep = *timestep as i64 - step_ratio;
             let alpha = self.schedule.alpha_prod_f64(*timestep as i64)?;
-            let alpha_prev = if prev_timestep >= 0 {
-                self.schedule.alpha_prod_f64(prev_timestep)?
-            } else {
-                self.final_alpha_cumprod.f_double_value(&[])?
-            };
+            let alpha_prev =
+                self.schedule.alpha_prod_or(prev_timestep, &self.final_alpha_cumprod)?.f_double_value(&[])?;
             let (signal, noise) = (alpha.sqrt(), (1.0 - alpha).sqrt());
             let (signal_prev, noise_prev) = (alpha_prev.sqrt(), (1.0 - alpha_prev).sqrt());
             // Weights of the sample and of the output.

@@ -64,6 +64,11 @@ impl NoiseSchedule {
         self.alphas_cumprod.f_select(0, timestep)
     }
 
+    /// `alphas_cumprod[timestep]`, or `before` for what lies before the first training step.
+    pub(super) fn alpha_prod_or(&self, timestep: i64, before: &Tensor) -> Result<Tensor, TchError> {
+        if timestep >= 0 { self.alpha_prod(timestep) } else { Ok(before.shallow_clone()) }
+    }
+
     /// `alphas_cumprod[timestep]` as a number.
     pub(super) fn alpha_prod_f64(&self, timestep: i64) -> Result<f64, TchError> {
         self.alphas_cumprod.f_double_value(&[timestep])

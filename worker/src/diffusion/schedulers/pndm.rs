@@ -158,11 +158,8 @@ impl PNDMScheduler {
             timestep += self.step_ratio;
         }
         let alpha = self.schedule.alpha_prod_f64(timestep)?;
-        let alpha_prev = if prev_timestep >= 0 {
-            self.schedule.alpha_prod_f64(prev_timestep)?
-        } else {
-            self.final_alpha_cumprod.f_double_value(&[])?
-        };
+        let alpha_prev =
+            self.schedule.alpha_prod_or(prev_timestep, &self.final_alpha_cumprod)?.f_double_value(&[])?;
         let (beta, beta_prev) = (1.0 - alpha, 1.0 - alpha_prev);
         let direction =
             (alpha_prev - alpha) / (alpha * beta_prev.sqrt() + (alpha * beta * alpha_prev).sqrt());
@@ -199,11 +196,7 @@ impl PNDMScheduler {
         model_output: &Tensor,
     ) -> Result<Tensor, SchedulerError> {
         let alpha_prod_t = self.schedule.alpha_prod(timestep)?;
-        let alpha_prod_t_prev = if prev_timestep >= 0 {
-            self.schedule.alpha_prod(prev_timestep)?
-        } else {
-            self.final_alpha_cumprod.shallow_clone()
-        };
+        let alpha_prod_t_prev = self.schedule.alpha_prod_or(prev_timestep, &self.final_alpha_cumprod)?;
         let (beta_prod_t, beta_prod_t_prev) = (one_minus(&alpha_prod_t)?, one_minus(&alpha_prod_t_prev)?);
         let model_output = match self.prediction_type {
             PredictionType::Epsilon => model_output.shallow_clone(),
