@@ -15,8 +15,6 @@ use golden::{CHECKPOINTS, assert_close, config, max_difference, same_key, tensor
 use on_host::HostKernels;
 use sha2::{Digest as _, Sha256};
 use tch::{Device, Kind, Tensor};
-use worker::diffusion::ComputeDtype;
-use worker::diffusion::SchedulerKind;
 use worker::diffusion::kernels::{
     CUBINS, GroupNormParameters, Kernel, Kernels, LayerNormParameters, LinearStepTensors, MANIFEST,
     self_check,
@@ -26,6 +24,10 @@ use worker::diffusion::models::unet_2d_condition::UNet2DConditionModel;
 use worker::diffusion::models::unet_2d_config::UNet2DConditionConfig;
 use worker::diffusion::rng::Generator;
 use worker::diffusion::schedulers::SchedulerConfig;
+use worker::diffusion::{
+    BatchSize, Batching, ComputeDtype, GenerationParameters, ImageRequest, Recipe, SchedulerKind,
+    StableDiffusionPipeline, StepControl,
+};
 
 /// Each dtype and how far its results may be from arithmetic in f64, of the largest value: its rounding, and some.
 const KINDS: [(Kind, f64); 3] = [(Kind::Float, 1e-5), (Kind::Half, 1e-3), (Kind::BFloat16, 8e-3)];
@@ -322,6 +324,61 @@ fn whole_networks_by_pixels_equal_diffusers() {
             let latents = &expected["latents_5x7"] * vae_config.scaling_factor;
             let image = vae.decode(&latents).unwrap();
             assert_close(&format!("{name} {checkpoint}"), &image, &expected["image_5x7"]);
+        }
+    }
+}
+
+/// Whole pictures as a GPU makes them, batched, filled up, guided and by our own kernels, are those that the CPU makes one by one.
+#[test]
+fn pictures_by_the_kernels_in_a_batch_are_the_cpus() {
+    let request = |seed: u64, prompt: &str| ImageRequest {
+        prompt: prompt.to_owned(),
+        negative_prompt: "blurry".to_owned(),
+        seed,
+        guidance_scale: 7.5,
+    };
+    let requests = [request(7, "a red circle"), request(8, "two stars")];
+    let host = HostKernels::new(false);
+    let alone = StableDiffusionPipeline::from_pretrained(&golden::golden("tiny"), &golden::F32).unwrap();
+    let batched = StableDiffusionPipeline::from_pretrained_with_kernels(
+        &golden::golden("tiny"),
+        &golden::F32,
+        host.kernels(),
+    )
+    .unwrap();
+    batched.set_batching(Batching { size: BatchSize::Padded(3), decode_size: 2, graph: false });
+    let saving = Recipe { guidance_interval: (0.2, 0.8), cache_interval: 2 };
+    for (scheduler, recipe) in [
+        (SchedulerKind::Pndm, Recipe::default()),
+        (SchedulerKind::Dpmpp2m, saving),
+        // Its step is not the kernel's.
+        (SchedulerKind::EulerA, Recipe::default()),
+    ] {
+        let parameters = GenerationParameters {
+            width: 40,
+            height: 24,
+            num_inference_steps: 5,
+            scheduler,
+            noise: None,
+            recipe,
+        };
+        let draw = |pipeline: &StableDiffusionPipeline| {
+            let mut latents = Vec::new();
+            let generation = pipeline.generate(&requests, &parameters, &mut |progress| {
+                latents = progress.latents_f32().unwrap();
+                StepControl::Continue
+            });
+            (Tensor::from_slice2(&latents), generation.unwrap())
+        };
+        let launches = host.launches();
+        let ((latents, by_kernels), (expected, by_cpu)) = (draw(&batched), draw(&alone));
+        assert!(host.launches() - launches > 100, "{scheduler}: the kernels did not draw");
+        assert_eq!(by_kernels.batch_size, 3);
+        assert_close(&format!("{scheduler}"), &latents, &expected);
+        for (ours, theirs) in by_kernels.images.iter().zip(&by_cpu.images) {
+            let (ours, theirs) = (ours.as_ref().unwrap(), theirs.as_ref().unwrap());
+            let is_close = |(a, b): (&u8, &u8)| a.abs_diff(*b) <= 1;
+            assert!(ours.pixels.iter().zip(&theirs.pixels).all(is_close), "{scheduler}");
         }
     }
 }

@@ -80,6 +80,8 @@ struct Loading<'d> {
     directory: &'d Path,
     options: LoadOptions,
     source: WeightSource,
+    /// Kernels that are open already.
+    given_kernels: Option<Kernels>,
     /// What the layers will compute with; libtorch's own operations until the device is open.
     kernels: Kernels,
     /// The tensors of each component, if they are drawn.
@@ -93,6 +95,17 @@ impl StableDiffusionPipeline {
     /// For a GPU, `options.device.open()` must have been the process's first use of libtorch; it is repeated here.
     pub fn from_pretrained(directory: &Path, options: &LoadOptions) -> Result<Self, LoadError> {
         Loading::new(directory, *options, WeightSource::Files).run().map(|(pipeline, _)| pipeline)
+    }
+
+    /// As [`Self::from_pretrained`], computing with these kernels, whatever `options` say: so a GPU's way through the models can be
+    /// gone on a CPU.
+    pub fn from_pretrained_with_kernels(
+        directory: &Path,
+        options: &LoadOptions,
+        kernels: Kernels,
+    ) -> Result<Self, LoadError> {
+        let loading = Loading::new(directory, *options, WeightSource::Files);
+        Loading { given_kernels: Some(kernels), ..loading }.run().map(|(pipeline, _)| pipeline)
     }
 
     /// As [`Self::from_pretrained`] of a checkpoint whose JSON and tokenizer are in `directory` and whose weights are
@@ -124,7 +137,8 @@ impl StableDiffusionPipeline {
 impl<'d> Loading<'d> {
     fn new(directory: &'d Path, options: LoadOptions, source: WeightSource) -> Self {
         let kernels = Kernels::plain(false);
-        Self { directory, options, source, kernels, drawn: Vec::new(), faults: Vec::new() }
+        let (drawn, faults) = (Vec::new(), Vec::new());
+        Self { directory, options, source, given_kernels: None, kernels, drawn, faults }
     }
 
     /// The pipeline, and what was drawn for it.
@@ -133,11 +147,11 @@ impl<'d> Loading<'d> {
         self.options.device.open().map_err(|error| failed(vec![error.into()]))?;
         let start = Instant::now();
         let _no_grad = tch::no_grad_guard();
-        self.kernels = Kernels::open(self.options.kernels, self.options.device, self.options.dtype);
+        let LoadOptions { device, dtype, kernels } = self.options;
+        self.kernels = self.given_kernels.take().unwrap_or_else(|| Kernels::open(kernels, device, dtype));
         let pipeline = self.load();
         match pipeline {
             Some(pipeline) if self.faults.is_empty() => {
-                let LoadOptions { device, dtype, .. } = self.options;
                 let (checkpoint, seconds) = (self.directory.display(), start.elapsed().as_secs_f64());
                 tracing::info!(%checkpoint, %device, %dtype, seconds, "Loaded the checkpoint");
                 Ok((pipeline, self.drawn))
