@@ -1,6 +1,6 @@
 //! From the lines of a prompt file to the jobs of a batch: defaults filled in, every rule checked, every fault kept.
 use schema::limits::MAX_SEED;
-use schema::{JobSpec, NewJob, NoiseScheduler, Recipe, SpecDefaults, SpecFault};
+use schema::{JobSpec, NewJob, NoiseScheduler, SpecDefaults, SpecFault};
 
 use crate::prompt_file::{InputFault, PromptLine, Trouble};
 
@@ -50,11 +50,7 @@ impl BatchDefaults {
             width: self.width.unwrap_or(model.width),
             height: self.height.unwrap_or(model.height),
             noise_scheduler: self.scheduler.unwrap_or(model.noise_scheduler),
-            recipe: Recipe {
-                guidance_start: self.guidance_start.unwrap_or(model.recipe.guidance_start),
-                guidance_stop: self.guidance_stop.unwrap_or(model.recipe.guidance_stop),
-                cache_interval: self.cache_interval.unwrap_or(model.recipe.cache_interval),
-            },
+            recipe: model.recipe.with(self.guidance_start, self.guidance_stop, self.cache_interval),
         }
     }
 }
@@ -112,6 +108,8 @@ fn seeds_run_out(first: u64, count: u32) -> Trouble {
 
 #[cfg(test)]
 mod tests {
+    use schema::Recipe;
+
     use super::*;
     use crate::prompt_file::PromptFormat;
 

@@ -163,11 +163,7 @@ impl JobSpec {
             width: self.width.unwrap_or(defaults.width),
             height: self.height.unwrap_or(defaults.height),
             noise_scheduler: self.noise_scheduler.unwrap_or(defaults.noise_scheduler),
-            recipe: Recipe {
-                guidance_start: self.guidance_start.unwrap_or(defaults.recipe.guidance_start),
-                guidance_stop: self.guidance_stop.unwrap_or(defaults.recipe.guidance_stop),
-                cache_interval: self.cache_interval.unwrap_or(defaults.recipe.cache_interval),
-            },
+            recipe: defaults.recipe.with(self.guidance_start, self.guidance_stop, self.cache_interval),
             client_ref: self.client_ref.clone(),
         };
         match ValidJobSpec::try_from(filled) {

@@ -34,6 +34,21 @@ impl Recipe {
         *self == Self::EXACT
     }
 
+    /// This one, but for what is given.
+    #[must_use]
+    pub fn with(
+        self,
+        guidance_start: Option<f64>,
+        guidance_stop: Option<f64>,
+        cache_interval: Option<u32>,
+    ) -> Self {
+        Self {
+            guidance_start: guidance_start.unwrap_or(self.guidance_start),
+            guidance_stop: guidance_stop.unwrap_or(self.guidance_stop),
+            cache_interval: cache_interval.unwrap_or(self.cache_interval),
+        }
+    }
+
     /// What is wrong with it, in the order of the fields.
     pub(crate) fn faults(&self) -> Vec<SpecFault> {
         let mut faults = Vec::new();
