@@ -19,7 +19,7 @@ PARTS = {
     "unet": (106, "unet"),
     "guided": (9, "guided"),
     "decoder": (14, "decoder"),
-    "safety": (22, "safety"),
+    "safety": (35, "safety"),
 }
 
 
