@@ -6,6 +6,7 @@
 
 mod broker;
 mod catalog;
+mod engine;
 pub mod failpoint;
 mod id;
 mod job_spec;
@@ -37,6 +38,7 @@ pub use catalog::relay::{PublishableJob, RelayTurn};
 pub use catalog::submission::{NewBatch, NewJob, SubmitError, SubmittedBatch};
 pub use catalog::verification::{BatchAccount, BrokenPromise};
 pub use catalog::workers::{NewWorker, WorkerSummary};
+pub use engine::EngineFingerprint;
 pub use id::{AcceptanceId, BatchId, ImageId, JobId, LicenceId, MicrobatchId, ModelId, WorkerId};
 pub use job_spec::fault::{SpecFault, SpecFaults};
 pub use job_spec::field::SpecField;

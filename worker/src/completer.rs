@@ -261,6 +261,7 @@ impl<Q: Queue, S: ObjectStore, C: Catalog> Completer<Q, S, C> {
             dtype: image.dtype.clone(),
             noise_dtype: pipeline.noise_dtype.clone(),
             recipe: image.recipe,
+            engine: image.engine.as_deref().cloned(),
             timings: StageTimings {
                 text_encoder_ms: milliseconds(times.text_encoder),
                 denoise_ms: milliseconds(times.denoise),

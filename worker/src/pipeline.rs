@@ -6,8 +6,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use schema::{Recipe, ValidJobSpec};
-use serde::{Deserialize, Serialize};
+use schema::{EngineFingerprint, Recipe, ValidJobSpec};
 
 use crate::control::Control;
 
@@ -50,23 +49,6 @@ pub struct GeneratedImage {
     pub recipe: Recipe,
     /// What it was computed on, where its last bits depend on that.
     pub engine: Option<Box<EngineFingerprint>>,
-}
-
-/// What the last bits of a GPU's picture depend on besides spec, weights and dtype: with the same here, they are the same.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct EngineFingerprint {
-    /// The GPU's model.
-    pub gpu: String,
-    /// Its driver's version.
-    pub driver: String,
-    /// libtorch's version.
-    pub torch: String,
-    /// cuDNN's version.
-    pub cudnn: String,
-    /// The kernels: `plain`, or `fused` and what they were compiled for.
-    pub kernels: String,
-    /// Pictures that were computed at once, made-up ones included.
-    pub batch_size: usize,
 }
 
 /// What became of one picture of a call.

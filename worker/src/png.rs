@@ -6,11 +6,14 @@
 //! key.
 
 use png::text_metadata::{ITXtChunk, TEXtChunk};
-use schema::{AcceptanceId, BatchId, JobId, ModelName, NoiseScheduler, Recipe, Sha256Digest, ValidJobSpec};
+use schema::{
+    AcceptanceId, BatchId, EngineFingerprint, JobId, ModelName, NoiseScheduler, Recipe, Sha256Digest,
+    ValidJobSpec,
+};
 use serde::{Deserialize, Serialize};
 
 use crate::infotext::infotext;
-use crate::pipeline::{EngineFingerprint, GeneratedImage};
+use crate::pipeline::GeneratedImage;
 
 /// The version of [`PictureRecord`]; a field that changes its meaning raises it.
 const RECORD_VERSION: u32 = 1;

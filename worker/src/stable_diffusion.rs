@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use schema::{NoiseScheduler, ValidJobSpec};
+use schema::{EngineFingerprint, NoiseScheduler, ValidJobSpec};
 use tracing::warn;
 
 use crate::control::{Control, Verdict};
@@ -18,8 +18,7 @@ use crate::diffusion::{
     LoadOptions, Recipe, SchedulerKind, StepControl, StepProgress,
 };
 use crate::pipeline::{
-    EngineFingerprint, Generated, GeneratedImage, PictureOutcome, Pipeline, PipelineError, PipelineIdentity,
-    StageTimes,
+    Generated, GeneratedImage, PictureOutcome, Pipeline, PipelineError, PipelineIdentity, StageTimes,
 };
 
 /// The pipeline's name in settings, rows and logs.

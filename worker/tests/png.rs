@@ -7,11 +7,11 @@ use std::io::Cursor;
 
 use proptest::prelude::*;
 use schema::{
-    AcceptanceId, BatchId, JobId, JobSpec, ModelName, NoiseScheduler, Sha256Digest, SpecDefaults,
-    ValidJobSpec,
+    AcceptanceId, BatchId, EngineFingerprint, JobId, JobSpec, ModelName, NoiseScheduler, Sha256Digest,
+    SpecDefaults, ValidJobSpec,
 };
 use worker::infotext::infotext;
-use worker::pipeline::{EngineFingerprint, GeneratedImage};
+use worker::pipeline::GeneratedImage;
 use worker::png::{PictureRecord, Provenance, encode_picture};
 
 /// A key and a value, as the reader's regular expression

@@ -97,9 +97,11 @@ impl PgCatalog {
         microbatch_id: MicrobatchId,
         lease: Duration,
     ) -> Result<Vec<ClaimedJob>, CatalogError> {
+        // The array is hidden in a subquery, so that a plan for it is as good as a plan for any: Postgres would plan the statement
+        // anew for each small microbatch, which takes half as long again as running it.
         let sql = "
             WITH claimable AS (
-                SELECT job_id FROM jobs WHERE job_id = ANY ($1) AND state = 'available'
+                SELECT job_id FROM jobs WHERE job_id = ANY (ARRAY(SELECT unnest($1))) AND state = 'available'
                 ORDER BY job_id FOR NO KEY UPDATE
             ), claimed AS (
                 UPDATE jobs SET

@@ -10,6 +10,7 @@ use sqlx::types::Json;
 
 use super::connection::PgCatalog;
 use super::error::CatalogError;
+use crate::engine::EngineFingerprint;
 use crate::id::{ImageId, JobId, WorkerId};
 use crate::object_key::ObjectKey;
 use crate::recipe::Recipe;
@@ -81,6 +82,8 @@ pub struct CompletedJob {
     pub noise_dtype: String,
     /// What was left out of its denoising. Another recipe than the job's is refused.
     pub recipe: Recipe,
+    /// What it was computed on, where its last bits depend on that.
+    pub engine: Option<EngineFingerprint>,
     /// Where the time went.
     pub timings: StageTimings,
 }
@@ -106,6 +109,7 @@ struct InputRow<'a> {
     noise_dtype: &'a str,
     #[serde(flatten)]
     recipe: Recipe,
+    engine: Option<&'a EngineFingerprint>,
     #[serde(flatten)]
     timings: StageTimings,
 }
@@ -132,6 +136,7 @@ impl<'a> From<&'a CompletedJob> for InputRow<'a> {
             dtype: &job.dtype,
             noise_dtype: &job.noise_dtype,
             recipe: job.recipe,
+            engine: job.engine.as_ref(),
             timings: job.timings,
         }
     }
@@ -144,7 +149,7 @@ const COMPLETE: &str = "
             bucket text, object_key text, sha256 text, size_bytes bigint,
             has_nsfw_concept boolean, concept_scores real[], special_care_scores real[],
             prompt_truncated boolean, weights_sha256 text, device text, dtype text, noise_dtype text,
-            guidance_start double precision, guidance_stop double precision, cache_interval integer,
+            guidance_start double precision, guidance_stop double precision, cache_interval integer, engine jsonb,
             text_encoder_ms real, denoise_ms real, vae_ms real, safety_ms real, encode_ms real, upload_ms real)
     ), held AS (
         SELECT jobs.job_id, jobs.batch_id, jobs.width, jobs.height, jobs.seed
@@ -157,11 +162,14 @@ const COMPLETE: &str = "
             bucket, object_key, sha256, size_bytes, width, height, seed,
             has_nsfw_concept, concept_scores, special_care_scores, prompt_truncated,
             weights_sha256, device, dtype, noise_dtype, guidance_start, guidance_stop, cache_interval,
+            engine_gpu, engine_driver, engine_torch, engine_cudnn, engine_kernels, engine_batch_size,
             text_encoder_ms, denoise_ms, vae_ms, safety_ms, encode_ms, upload_ms)
         SELECT image_id, job_id, batch_id, acceptance_id, lease_generation, worker_id,
                bucket, object_key, sha256, size_bytes, width, height, seed,
                has_nsfw_concept, concept_scores, special_care_scores, prompt_truncated,
                weights_sha256, device, dtype, noise_dtype, guidance_start, guidance_stop, cache_interval,
+               engine ->> 'gpu', engine ->> 'driver', engine ->> 'torch', engine ->> 'cudnn', engine ->> 'kernels',
+               (engine ->> 'batch_size')::integer,
                text_encoder_ms, denoise_ms, vae_ms, safety_ms, encode_ms, upload_ms
         FROM held JOIN given USING (job_id) JOIN batches USING (batch_id)
         RETURNING job_id, lease_generation, image_id

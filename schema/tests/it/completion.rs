@@ -1,6 +1,6 @@
 //! Recording images: once, whole, and only for the holder of the lease.
 
-use schema::{CatalogError, JobState, Lease, LeaseLost, ObjectKey, Sha256Digest};
+use schema::{CatalogError, EngineFingerprint, JobState, Lease, LeaseLost, ObjectKey, Sha256Digest};
 
 use crate::support::{Fixture, completed, flagged};
 
@@ -55,6 +55,32 @@ async fn the_flat_view_tells_all_of_an_image() {
                         WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'v')
                           AND relname <> '_sqlx_migrations' AND obj_description(oid, 'pg_class') IS NULL";
     assert_eq!(fixture.count(undocumented).await, 0, "every table and view says what it is");
+}
+
+#[tokio::test]
+async fn what_computed_a_picture_on_a_gpu_is_in_its_row_and_nothing_of_a_cpu() {
+    let fixture = Fixture::new().await;
+    let worker_id = fixture.worker().await;
+    let (_, job_ids) = fixture.submit("engines", 2).await;
+    let claimed = fixture.claim(&job_ids, worker_id).await;
+    let engine = EngineFingerprint {
+        gpu: "NVIDIA H200".into(),
+        driver: "580.1".into(),
+        torch: "2.11.0".into(),
+        cudnn: "9.19.0".into(),
+        kernels: "fused sm_90a".into(),
+        batch_size: 33,
+    };
+    let on_gpu = schema::CompletedJob { engine: Some(engine), ..completed(&claimed[0], worker_id) };
+    let on_cpu = completed(&claimed[1], worker_id);
+    let answers = fixture.catalog.complete_if_leased(&[on_gpu, on_cpu]).await.unwrap();
+    assert!(answers.iter().all(Result::is_ok));
+    let rows = "SELECT count(*) FROM v_images WHERE job_id = '{}' AND
+                (engine_gpu, engine_driver, engine_torch, engine_cudnn, engine_kernels, engine_batch_size)";
+    let of = |index: usize| rows.replace("{}", &job_ids[index].to_string());
+    let told = "= ('NVIDIA H200', '580.1', '2.11.0', '9.19.0', 'fused sm_90a', 33)";
+    assert_eq!(fixture.count(&format!("{} {told}", of(0))).await, 1);
+    assert_eq!(fixture.count(&format!("{} IS NULL", of(1))).await, 1);
 }
 
 #[tokio::test]

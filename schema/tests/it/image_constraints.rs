@@ -41,6 +41,12 @@ async fn an_image_row_counts_and_stays() {
             "device",
             "dtype",
             "noise_dtype",
+            "engine_gpu",
+            "engine_driver",
+            "engine_torch",
+            "engine_cudnn",
+            "engine_kernels",
+            "engine_batch_size",
             "text_encoder_ms",
             "denoise_ms",
             "vae_ms",
@@ -67,6 +73,11 @@ async fn an_image_row_counts_and_stays() {
     let first = format!("'{}'", job_ids[0]);
     let other_batch = format!("'{other_batch_id}'");
     let other_key = format!("'v1/{other_batch_id}/00000000-0123456789abcdef.png'");
+    let mut engine = ["gpu", "driver", "torch", "cudnn", "kernels"]
+        .map(|part| (format!("engine_{part}"), "'known'"))
+        .to_vec();
+    engine.push(("engine_batch_size".to_owned(), "0"));
+    let engine: Vec<(&str, &str)> = engine.iter().map(|(name, value)| (name.as_str(), *value)).collect();
     let refusals = [
         ("image_counts", copy(&[])),
         ("images_job_id_key", copy(&[("job_id", &first)])),
@@ -87,6 +98,8 @@ async fn an_image_row_counts_and_stays() {
         ("sha256_hex_check", copy(&[("sha256", "upper(sha256)")])),
         ("images_verdict_whole", copy(&[("concept_scores", "NULL")])),
         ("images_scores_are_numbers", copy(&[("concept_scores", "'{NaN}'")])),
+        ("images_engine_whole", copy(&[("engine_gpu", "'NVIDIA H200'")])),
+        ("images_engine_batch_size", copy(&engine)),
         ("images_worker_fkey", copy(&[("worker_id", "gen_random_uuid()")])),
         ("images_are_kept", "UPDATE images SET seed = 1".to_owned()),
         ("images_are_kept", "DELETE FROM images".to_owned()),

@@ -216,6 +216,7 @@ pub fn completed(claimed: &ClaimedJob, worker_id: WorkerId) -> CompletedJob {
         dtype: "f32".into(),
         noise_dtype: "f32".into(),
         recipe: claimed.spec.recipe(),
+        engine: None,
         timings: StageTimings { denoise_ms: 12.5, ..StageTimings::default() },
     }
 }

@@ -257,6 +257,7 @@ fn completed(
         dtype: "f32".to_owned(),
         noise_dtype: "f32".to_owned(),
         recipe: Recipe::EXACT,
+        engine: None,
         timings: StageTimings { encode_ms: 0.1, upload_ms: 1.0, ..StageTimings::default() },
     }
 }

@@ -201,8 +201,8 @@ pub const GUARDS: &[Guard] = &[
         cuts: &[
             Cut {
                 file: "schema/src/catalog/claims.rs",
-                text: "WHERE job_id = ANY ($1) AND state = 'available'",
-                replacement: "WHERE job_id = ANY ($1)",
+                text: "WHERE job_id = ANY (ARRAY(SELECT unnest($1))) AND state = 'available'",
+                replacement: "WHERE job_id = ANY (ARRAY(SELECT unnest($1)))",
             },
             Cut {
                 file: "schema/src/catalog/claims.rs",
@@ -343,8 +343,8 @@ pub const GUARDS: &[Guard] = &[
         promise: "P8",
         what: "a picture by another recipe than its job's is not recorded",
         cuts: &[Cut {
-            file: "migrations/0012_recipes.sql",
-            text: "IF FOUND THEN",
+            file: "migrations/0014_cheaper_guards.sql",
+            text: "IF NOT is_by_its_recipe THEN",
             replacement: "IF false THEN",
         }],
         target: Target::Schema,
