@@ -1,10 +1,10 @@
 // Attention without the matrix of its weights in memory, for heads of HEAD values, by tensor cores:
 // softmax(query · keyᵀ / √HEAD) · value for each head of each sample.
 //
-// A block has QUERIES queries of one head; each of its warps has PARTS times 16 of them, whose products with all keys are taken
-// tile by tile, KEYS at a time. The next tile is copied into one half of shared memory while the other's is computed with. The
-// softmax is taken over as it goes: sums so far are scaled down when a larger score comes along ("online softmax"), so scores
-// are only ever in registers. Products are of 16-bit values, weights rounded to that for the second one; all else is in f32.
+// A block has QUERIES queries of one head, and each of its warps 16 times PARTS of them, which stay in registers while the head's
+// keys and values come by in tiles of KEYS: one half of shared memory is computed with while the next tile is copied into the
+// other. What was summed so far is scaled down when a larger score comes along ("online softmax"), so scores are never in memory.
+// Products are of 16-bit values, to which weights are rounded for the second one; all else is in f32.
 //
 // A query's sums are taken in an order that depends on the number of keys alone, so a sample's result depends neither on the
 // batch nor on the run.
@@ -14,11 +14,10 @@
 template <int HEAD> struct AttentionTiles {
     static_assert(HEAD % 8 == 0);
     static constexpr int WARPS = 4, THREADS = 32 * WARPS;
-    // 16 queries are a warp's at least. With 32, what is loaded of keys and values serves twice; more than 40 values of each do
-    // not fit into registers.
+    // With 32 queries in a warp, what it loads of keys and values serves twice; of 80 values each they would take all registers.
     static constexpr int PARTS = HEAD <= 40 ? 2 : 1;
     static constexpr int QUERIES = 16 * PARTS * WARPS, KEYS = 64;
-    // 16 bytes, the unit of copies and of `load_matrices`: a head's row is so many.
+    // Pieces of 16 bytes in a row, the unit of copies and of `load_matrices`.
     static constexpr int CHUNKS = HEAD / 8;
     // Values from one row to the next in shared memory: an odd number of chunks, so that eight rows are in different banks.
     static constexpr int STRIDE = (CHUNKS | 1) * 8;
@@ -50,13 +49,15 @@ __device__ __forceinline__ float row_sum(float x) {
     return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
-// `query`, `key` and `value` are values of HEAD numbers each, at batch, head and row strides of their own, all multiples of 8, at
-// addresses that are multiples of 16 bytes; a row's own numbers lie side by side. `output` is (batch, queries, heads, HEAD). `scale`
-// is that of the scores, times log2(e). The grid is (tiles of queries, heads, batch). Shared memory: 2 tiles.
+// `query`, `key` and `value` have rows of HEAD numbers side by side, each with strides of its own for batch, head and row, so that
+// they can be parts of one product. Rows begin at multiples of 16 bytes; there is at least one key. `output` is (batch,
+// query_length, heads, HEAD). `scale` is the scores', times log2(e). The grid is (tiles of queries, heads, batch). Shared memory:
+// 2 tiles.
 template <typename T, int HEAD>
-__device__ void attention(const T *__restrict__ query, const T *__restrict__ key, const T *__restrict__ value, T *__restrict__ output,
-                          int query_length, int key_length, int query_batch, int query_head, int query_row, int key_batch, int key_head,
-                          int key_row, int value_batch, int value_head, int value_row, float scale) {
+__device__ void attention(const T *__restrict__ query, const T *__restrict__ key, const T *__restrict__ value,
+                          T *__restrict__ output, int query_length, int key_length, int query_batch, int query_head,
+                          int query_row, int key_batch, int key_head, int key_row, int value_batch, int value_head,
+                          int value_row, float scale) {
     using Tiles = AttentionTiles<HEAD>;
     constexpr int STRIDE = Tiles::STRIDE, KEYS = Tiles::KEYS, PARTS = Tiles::PARTS;
     // Steps of 16 through a head's values for the scores; 8 may be left.
@@ -72,7 +73,7 @@ __device__ void attention(const T *__restrict__ query, const T *__restrict__ key
     key += static_cast<size_t>(blockIdx.z) * key_batch + static_cast<size_t>(blockIdx.y) * key_head;
     value += static_cast<size_t>(blockIdx.z) * value_batch + static_cast<size_t>(blockIdx.y) * value_head;
 
-    // The queries come by way of the second tile's place. Those beyond the last one are zeros, and what is made of them is dropped.
+    // Queries beyond the last one are zeros, and what is made of them is dropped.
     T *const staged = tiles + Tiles::TILE;
     begin_copy_rows<HEAD, Tiles::QUERIES>(staged, query, first_query, query_length, query_row);
     begin_copy_rows<HEAD, KEYS>(tiles, key, 0, key_length, key_row);

@@ -35,8 +35,8 @@ pub enum KernelChoice {
     /// libtorch's operations on it.
     #[default]
     Fused,
-    /// As [`Self::Fused`], with attention of our own for heads of 40 or 80 values in 16 bits. Not the default before it has been measured
-    /// beside libtorch's.
+    /// As [`Self::Fused`], with attention of our own for heads of 40 or 80 values in 16 bits. Not the default before it has
+    /// been measured beside libtorch's.
     Attention,
 }
 
@@ -220,13 +220,13 @@ impl Kernels {
         plain::add_bias_residual(sum, bias, residual)
     }
 
-    /// Whether [`Self::attention`] of heads of `head_dim` values of a kind is our own kernel's, which reads them however they lie.
+    /// Whether [`Self::attention`] of heads of `head_dim` values of a kind is our own kernel's, which reads them where they lie.
     pub fn attends(&self, kind: Kind, head_dim: i64) -> bool {
         self.has_attention && attention::takes(kind, head_dim)
     }
 
-    /// Attention of each head by itself, scores scaled by 1/√head_dim: `query` `(batch_size, heads, length, head_dim)`, `key` and `value`
-    /// `(batch_size, heads, key_length, head_dim)`, to `(batch_size, length, heads * head_dim)`.
+    /// Attention of each head by itself, scores scaled by 1/√head_dim: `query` `(batch_size, heads, length, head_dim)`, `key`
+    /// and `value` `(batch_size, heads, key_length, head_dim)`, to `(batch_size, length, heads * head_dim)`.
     pub fn attention(&self, query: &Tensor, key: &Tensor, value: &Tensor) -> Result<Tensor, TchError> {
         if let Some(launcher) = self.launcher.as_ref().filter(|_| self.has_attention)
             && let Some(output) = attention::attention(launcher.as_ref(), query, key, value)?

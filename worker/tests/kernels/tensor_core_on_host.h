@@ -1,9 +1,9 @@
-// What worker/kernels/tensor_core.cuh leaves to a CPU: the operations of PTX that a warp does together, by the layouts that NVIDIA's
-// "PTX ISA" (9.2) documents. Part of on_host.h.
+// What worker/kernels/tensor_core.cuh leaves to a CPU: the operations of PTX that a warp does together, by the layouts that
+// NVIDIA's "PTX ISA" (9.2) documents. Part of on_host.h.
 //
-// The arithmetic is not a tensor core's, whose order and rounding of sums are not documented: here they are taken in f64. Strict
-// where a GPU is slow, undefined or merely lucky: rows in shared memory that are misaligned, or several in one bank, are faults, and
-// a copy lands at once in the one order of threads, and as late as it may in the other.
+// Sums are not a tensor core's, whose order and rounding are not documented: they are taken in f64 here. Strict where a GPU is
+// slow or undefined: rows of shared memory that are askew or share banks are faults, and so is a copy that is not waited for. It
+// lands at once in the one order of threads, and as late as it may in the other.
 #pragma once
 
 namespace host {
@@ -98,7 +98,8 @@ template <int COUNT> void load_matrices_transposed(unsigned (&parts)[COUNT], con
 
 // "cp.async", with fewer bytes of the source than are written.
 inline void begin_copy(void *to, const void *from, bool is_copied) {
-    if (!host::is_shared(to) || reinterpret_cast<uintptr_t>(from) % 16 != 0) return host::fault("a copy is not to shared memory, or askew");
+    const bool is_aligned = reinterpret_cast<uintptr_t>(from) % 16 == 0;
+    if (!host::is_shared(to) || !is_aligned) return host::fault("a copy is not to shared memory, or askew");
     const auto copy = [=] { is_copied ? std::memcpy(to, from, 16) : std::memset(to, 0, 16); };
     if (host::is_reversed) host::fibers[host::running].copies.push_back(copy);
     else copy();

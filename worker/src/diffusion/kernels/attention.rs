@@ -6,7 +6,7 @@ use tch::{Kind, TchError, Tensor};
 
 use super::super::device::ComputeDtype;
 use super::launch::{Argument, Call, Kernel, Launch, Operation, wide};
-use super::operations::{ALIGNMENT, MOST_GRID_Y, address, div_ceil, dtype_of, int};
+use super::operations::{ALIGNMENT, MOST_GRID_Y, address, div_ceil, dtype_of, int, too_large};
 
 /// Threads of a block (`THREADS` in `attention.cuh`).
 const THREADS: u32 = 128;
@@ -29,8 +29,8 @@ pub(super) fn takes(kind: Kind, head_dim: i64) -> bool {
     kernel(kind, head_dim).is_some()
 }
 
-/// The strides of batch, head and row in values. `None` if the kernel cannot read from there: each row has to begin where 16 bytes can be
-/// loaded.
+/// The strides of batch, head and row in values. `None` if the kernel cannot read from there: each row has to begin where 16
+/// bytes can be loaded.
 fn strides(tensor: &Tensor) -> Option<[i64; 3]> {
     let size @ [_, _, length, head_dim] = tensor.size()[..].try_into().ok()?;
     let given: [i64; 4] = tensor.stride()[..].try_into().ok()?;
@@ -44,7 +44,7 @@ fn strides(tensor: &Tensor) -> Option<[i64; 3]> {
     (given[3] == 1 && is_aligned && is_counted).then_some(strides)
 }
 
-/// See [`super::Kernels::attention`]. Reads the tensors where they lie: no copies.
+/// See [`super::Kernels::attention`]. Reads the tensors where they lie, without a copy.
 pub(super) fn attention(
     launcher: &dyn Launch,
     query: &Tensor,
@@ -77,9 +77,7 @@ pub(super) fn attention(
     // A tile's keys and values, twice; an odd number of 16 bytes for each row.
     let row_bytes = (head_dim / wide(kernel.dtype) | 1) * ALIGNMENT as i64;
     let shared_bytes = 2 * 2 * KEYS * row_bytes;
-    let size = |value: i64| {
-        u32::try_from(value).map_err(|_| TchError::Shape(format!("{value} is too large for a kernel")))
-    };
+    let size = |value: i64| u32::try_from(value).map_err(|_| too_large(value));
     let call = Call {
         kernel,
         grid: [size(div_ceil(query_length, num_queries))?, size(heads)?, size(batch_size)?],
@@ -87,8 +85,8 @@ pub(super) fn attention(
         shared_bytes: size(shared_bytes)?,
         arguments: &arguments,
     };
-    // SAFETY: the parameters of `attention`; shapes and strides are those of the tensors, which are where the launcher computes. Freed memory
-    // goes back to libtorch's pool for this stream.
+    // SAFETY: the parameters of `attention`; shapes and strides are those of the tensors, which are where the launcher
+    // computes. Freed memory goes back to libtorch's pool for this stream.
     unsafe { launcher.launch(&call)? };
     Ok(Some(output))
 }

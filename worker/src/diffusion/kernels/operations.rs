@@ -73,7 +73,7 @@ pub(super) fn int(value: i64) -> Result<Argument, TchError> {
     i32::try_from(value).map(Argument::Int).map_err(|_| too_large(value))
 }
 
-fn too_large(value: i64) -> TchError {
+pub(super) fn too_large(value: i64) -> TchError {
     TchError::Shape(format!("{value} is too large for a kernel"))
 }
 
