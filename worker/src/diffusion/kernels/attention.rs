@@ -75,7 +75,7 @@ pub(super) fn attention(
     }
     arguments.push(Argument::Float((LOG2_E / (head_dim as f64).sqrt()) as f32));
     // A tile's keys and values, twice; an odd number of 16 bytes for each row.
-    let row_bytes = (head_dim / wide(kernel.dtype) | 1) * ALIGNMENT as i64;
+    let row_bytes = ((head_dim / wide(kernel.dtype)) | 1) * ALIGNMENT as i64;
     let shared_bytes = 2 * 2 * KEYS * row_bytes;
     let size = |value: i64| u32::try_from(value).map_err(|_| too_large(value));
     let call = Call {
