@@ -121,8 +121,8 @@ impl CrossAttention {
         }
     }
 
-    /// What the layer makes of `encoder_hidden_states` `(batch_size, text_length, cross_attention_dim)`. Where
-    /// [`Self::is_by_products`], the keys are scaled already.
+    /// What the layer makes of `encoder_hidden_states` `(batch_size, text_length, cross_attention_dim)`. On the CPU
+    /// the keys are scaled already, unless attention to them is by a kernel of our own.
     pub fn project(&self, encoder_hidden_states: &Tensor) -> Result<KeyValue, TchError> {
         let mut key = self.split_heads(&self.to_k.forward(encoder_hidden_states)?)?;
         if self.is_by_products(&key) {
