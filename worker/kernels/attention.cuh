@@ -65,7 +65,7 @@ __device__ void attention(const T *__restrict__ query, const T *__restrict__ key
     constexpr bool HAS_REST = HEAD % 16 != 0;
     const float LEAST = __uint_as_float(0xff800000u);  // Minus infinity.
 
-    extern __shared__ float shared[];
+    extern __shared__ float shared[];  // Begins at a multiple of 16 bytes, as the cubins' sections say.
     T *const tiles = reinterpret_cast<T *>(shared);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int first_query = blockIdx.x * Tiles::QUERIES, own_rows = warp * 16 * PARTS;

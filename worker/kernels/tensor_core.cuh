@@ -1,6 +1,6 @@
 // What attention needs of PTX (inline, as no header of the CUDA toolkit is at hand): products of small matrices by tensor
 // cores, their operands out of shared memory, and copies into shared memory that go on while threads compute. All from
-// sm_80 on. Titles are those of sections of NVIDIA's "PTX ISA" (9.2).
+// sm_80 on. Titles are those of sections of NVIDIA's "PTX ISA" (9.2; matrices and their fragments are 9.7.14.5).
 //
 // A warp holds a matrix in fragments. Lane 4g + t has, of an 8×8 matrix of 16-bit values, those at row g and columns 2t and
 // 2t+1, the first one in the low half of a register; of an f32 one, those two in two registers.
