@@ -4,7 +4,7 @@
 #   bench/run.sh                          CPU, tiny and small models: what `make bench` runs
 #   SIZES=full STEPS=1 bench/run.sh       one full-size step on the CPU
 #   DEVICE=cuda bench/run.sh              a GPU: full size, 50 steps, f16 and bf16, batch sizes 1 to 66, with our own
-#                                         kernels and then without (KERNELS)
+#                                         kernels, with our own attention too, and without (KERNELS)
 #
 # Needs the built binary (BINARY, or target/release) and a Python with worker/tests/golden/requirements.txt and psutil
 # (PYTHON). On a GPU machine the wheels' own libraries serve our binary too: see worker/src/diffusion/device.rs.
@@ -16,7 +16,7 @@ cd "$(dirname "$0")/.."
 MODELS=${MODELS:-$OUT/models}
 if [[ $DEVICE == cuda* ]]; then
   SIZES=${SIZES:-full} STEPS=${STEPS:-50} DTYPES=${DTYPES:-f16,bf16} ROUNDS=${ROUNDS:-5}
-  BATCH_SIZES=${BATCH_SIZES:-1,4,8,16,32,33,64,66} KERNELS=${KERNELS:-fused plain}
+  BATCH_SIZES=${BATCH_SIZES:-1,4,8,16,32,33,64,66} KERNELS=${KERNELS:-fused attention plain}
   # Clocks, power and memory of the whole time, to tell a throttled run from a good one.
   nvidia-smi --query-gpu=timestamp,name,driver_version,clocks.sm,power.draw,temperature.gpu,memory.used \
     --format=csv --loop=1 >"$OUT/gpu.csv" &

@@ -1,4 +1,5 @@
 // All kernels under the names that worker/src/diffusion/kernels/launch.rs asks for: OPERATION_DTYPE_xWIDTH.
+#include "attention.cuh"
 #include "group_norm.cuh"
 #include "layer_norm.cuh"
 #include "linear_step.cuh"
@@ -9,6 +10,8 @@
 #ifndef KERNEL
 #define KERNEL(NAME, THREADS, BODY, PARAMETERS, ARGUMENTS) \
     extern "C" __global__ void __launch_bounds__(THREADS) NAME PARAMETERS { BODY ARGUMENTS; }
+// In place of THREADS where so many blocks are to fit on a multiprocessor: bounds the registers of a thread.
+#define BLOCKS(THREADS, COUNT) THREADS, COUNT
 #endif
 // Commas within a macro's argument.
 #define TEMPLATE(BODY, T, WIDTH) BODY<T, WIDTH>
@@ -37,6 +40,14 @@
            (const T *noise, const float *guidance, const float *numbers, float *kept, T *sample, int cells, int rows),          \
            (noise, guidance, numbers, kept, sample, cells, rows))
 
+#define ATTENTION(DTYPE, T, HEAD)                                                                                              \
+    KERNEL(attention_##HEAD##_##DTYPE##_x8, BLOCKS(128, 3), TEMPLATE(attention, T, HEAD),                                                        \
+           (const T *query, const T *key, const T *value, T *output, int query_length, int key_length, int query_batch,         \
+            int query_head, int query_row, int key_batch, int key_head, int key_row, int value_batch, int value_head,           \
+            int value_row, float scale),                                                                                        \
+           (query, key, value, output, query_length, key_length, query_batch, query_head, query_row, key_batch, key_head,       \
+            key_row, value_batch, value_head, value_row, scale))
+
 KERNELS(f32, float, 4)
 KERNELS(f32, float, 1)
 KERNELS(f16, f16, 8)
@@ -46,3 +57,7 @@ KERNELS(bf16, bf16, 1)
 LINEAR_STEP(f32, float)
 LINEAR_STEP(f16, f16)
 LINEAR_STEP(bf16, bf16)
+ATTENTION(f16, f16, 40)
+ATTENTION(f16, f16, 80)
+ATTENTION(bf16, bf16, 40)
+ATTENTION(bf16, bf16, 80)

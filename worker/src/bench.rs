@@ -56,8 +56,9 @@ pub struct BenchArgs {
     /// Where to compute: cpu, cuda or cuda:N.
     #[arg(long, default_value = "cpu")]
     pub device: ComputeDevice,
-    /// What a GPU computes with: fused (our own kernels where they fit) or plain (libtorch's alone).
-    #[arg(long, default_value_t = KernelChoice::default(), value_name = "plain|fused")]
+    /// What a GPU computes with: fused (our own kernels where they fit), plain (libtorch's alone) or attention (fused, and
+    /// attention of our own for heads of 40 or 80 values in 16 bits).
+    #[arg(long, default_value_t = KernelChoice::default(), value_name = "plain|fused|attention")]
     pub kernels: KernelChoice,
     /// Threads of the CPU that work on one picture.
     #[arg(long, value_name = "COUNT", default_value_t = NonZeroUsize::MIN)]

@@ -79,9 +79,9 @@ pub struct Config {
     /// a CPU they are slow. The first noise is drawn in it too, so it changes which picture belongs to a seed.
     #[arg(long, env = "DARKROOM_DTYPE", default_value = "f32")]
     pub dtype: ComputeDtype,
-    /// What a GPU computes with: fused (our own kernels where they fit) or plain (libtorch's alone). Without a meaning on
-    /// the CPU.
-    #[arg(long, env = "DARKROOM_KERNELS", default_value_t = KernelChoice::default(), value_name = "plain|fused")]
+    /// What a GPU computes with: fused (our own kernels where they fit), plain (libtorch's alone) or attention (fused, and
+    /// attention of our own for heads of 40 or 80 values in 16 bits). Without a meaning on the CPU.
+    #[arg(long, env = "DARKROOM_KERNELS", default_value_t = KernelChoice::default(), value_name = "plain|fused|attention")]
     pub kernels: KernelChoice,
     /// The most jobs that share a forward pass. More is faster on a GPU until memory or its arithmetic is full (16 to 33
     /// on a big one); a CPU gains nothing from it. The worker holds three times as many messages of each priority band.

@@ -65,9 +65,9 @@ pub struct GenerateArgs {
     /// Precision to compute in: f32, f16 or bf16. Half the memory and, on a GPU, more than twice the speed in 16 bits.
     #[arg(long, default_value = "f32")]
     pub dtype: String,
-    /// What a GPU computes with: fused (our own kernels where they fit) or plain (libtorch's alone). Without a meaning on
-    /// the CPU.
-    #[arg(long, default_value_t = KernelChoice::default(), value_name = "plain|fused")]
+    /// What a GPU computes with: fused (our own kernels where they fit), plain (libtorch's alone) or attention (fused, and
+    /// attention of our own for heads of 40 or 80 values in 16 bits). Without a meaning on the CPU.
+    #[arg(long, default_value_t = KernelChoice::default(), value_name = "plain|fused|attention")]
     pub kernels: KernelChoice,
     /// Threads of the CPU to use. More are faster on an idle machine, and change the picture's last bits.
     #[arg(long, value_name = "COUNT", default_value_t = NonZeroUsize::MIN)]
@@ -149,7 +149,7 @@ struct Report<'a> {
     cache_interval: usize,
     device: String,
     dtype: String,
-    /// `plain`, or `fused` and what our own kernels were compiled for.
+    /// `plain`, or `fused` or `attention` and what our own kernels were compiled for.
     kernels: String,
     /// How the first noise was drawn.
     noise: String,

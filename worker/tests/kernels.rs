@@ -407,7 +407,7 @@ fn the_cubins_were_made_from_the_sources() {
         assert_eq!(manifest["cubins"][cubin.architecture], digest(cubin.bytes), "{}", cubin.architecture);
     }
     let size: usize = CUBINS.iter().map(|cubin| cubin.bytes.len()).sum();
-    assert!(size < 1 << 20, "{size} bytes of kernels in the binary");
+    assert!(size < 2 << 20, "{size} bytes of kernels in the binary");
 }
 
 /// The global functions that an ELF file defines, by its symbol table.
@@ -438,7 +438,8 @@ fn functions(elf: &[u8]) -> BTreeSet<String> {
 #[test]
 fn every_cubin_has_every_kernel_that_is_asked_for_and_no_other() {
     let asked_for: BTreeSet<String> = Kernel::all().iter().map(Kernel::to_string).collect();
-    assert_eq!(asked_for.len(), 5 * 3 * 2 + 3);
+    // Attention has two head sizes and two dtypes.
+    assert_eq!(asked_for.len(), 5 * 3 * 2 + 3 + 2 * 2);
     for cubin in CUBINS {
         assert_eq!(functions(cubin.bytes), asked_for, "{}", cubin.architecture);
     }

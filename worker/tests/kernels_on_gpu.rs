@@ -14,8 +14,14 @@ fn kernels_on_a_gpu_equal_libtorch() {
     }
     for dtype in [ComputeDtype::F32, ComputeDtype::F16, ComputeDtype::Bf16] {
         // Opening does the check too, and falls back; here a difference is to be seen.
-        let kernels = Kernels::open(KernelChoice::Fused, device, dtype);
+        let kernels = Kernels::open(KernelChoice::Attention, device, dtype);
         assert!(kernels.is_fused(), "{dtype}: this GPU has no kernels, or they failed: the log says why");
+        let takes_attention = kernels.attends(dtype.to_tch(), 40);
+        assert_eq!(
+            takes_attention,
+            dtype != ComputeDtype::F32,
+            "{dtype}: attention failed: the log says why"
+        );
         self_check(&kernels, dtype).expect("the kernels compute what libtorch does");
     }
 }

@@ -82,7 +82,7 @@ struct Configs {
 #[derive(Debug, Serialize)]
 pub struct Run {
     dtype: String,
-    /// What computed: `plain`, or `fused` and what our own kernels were compiled for.
+    /// What computed: `plain`, or `fused` or `attention` and what our own kernels were compiled for.
     kernels: String,
     batch_size: usize,
     /// Pictures that the UNet was given at once, made-up ones included.

@@ -33,7 +33,7 @@ pub enum DeviceError {
         name: String,
     },
     /// Not a choice of kernels.
-    #[error("`kernels` must be `plain` or `fused` but is `{name}`")]
+    #[error("`kernels` must be `plain`, `fused` or `attention` but is `{name}`")]
     UnknownKernels {
         /// What was asked for.
         name: String,

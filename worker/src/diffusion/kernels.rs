@@ -5,6 +5,7 @@
 //! one, and where a kernel does not take a shape or dtype, it is composed of libtorch's operations (`kernels/plain.rs`). On the CPU
 //! there is no launcher. [`Kernels`] also says how feature maps lie in memory, since the kernels read channels_last.
 
+mod attention;
 mod cubins;
 mod cuda;
 mod launch;
@@ -17,7 +18,7 @@ use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
 
-use tch::{TchError, Tensor};
+use tch::{Kind, TchError, Tensor};
 
 pub use self::cubins::{CUBINS, Cubin, MANIFEST};
 pub use self::launch::{Argument, Call, Kernel, Launch};
@@ -25,7 +26,7 @@ pub use self::linear_step::{LinearStepTensors, guided};
 pub use self::self_check::{SelfCheckError, self_check};
 use super::device::{ComputeDevice, ComputeDtype, DeviceError};
 
-/// Which operations a GPU computes with: parsed from `plain` or `fused`. Without a meaning on the CPU.
+/// Which operations a GPU computes with: parsed from `plain`, `fused` or `attention`. Without a meaning on the CPU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum KernelChoice {
     /// libtorch's alone.
@@ -34,6 +35,9 @@ pub enum KernelChoice {
     /// libtorch's operations on it.
     #[default]
     Fused,
+    /// As [`Self::Fused`], with attention of our own for heads of 40 or 80 values in 16 bits. Not the default before it has
+    /// been measured beside libtorch's.
+    Attention,
 }
 
 impl fmt::Display for KernelChoice {
@@ -41,6 +45,7 @@ impl fmt::Display for KernelChoice {
         f.write_str(match self {
             Self::Plain => "plain",
             Self::Fused => "fused",
+            Self::Attention => "attention",
         })
     }
 }
@@ -52,6 +57,7 @@ impl FromStr for KernelChoice {
         match name {
             "plain" => Ok(Self::Plain),
             "fused" => Ok(Self::Fused),
+            "attention" => Ok(Self::Attention),
             _ => Err(DeviceError::UnknownKernels { name: name.to_owned() }),
         }
     }
@@ -88,6 +94,7 @@ pub struct LayerNormParameters<'t> {
 pub struct Kernels {
     launcher: Option<Arc<dyn Launch>>,
     is_channels_last: bool,
+    has_attention: bool,
 }
 
 impl Kernels {
@@ -105,24 +112,35 @@ impl Kernels {
                 return Self::plain(true);
             }
         };
-        let kernels = Self::fused(launcher);
-        match self_check(&kernels, dtype) {
-            Ok(()) => kernels,
-            Err(error) => {
-                tracing::error!(%device, %dtype, %error, "Our own kernels are not used, libtorch's do their work");
-                Self::plain(true)
+        let fused = Self::fused(launcher);
+        let choices = match choice {
+            KernelChoice::Attention => vec![fused.clone().with_attention(), fused],
+            _ => vec![fused],
+        };
+        for kernels in choices {
+            match self_check(&kernels, dtype) {
+                Ok(()) => return kernels,
+                Err(error) => {
+                    tracing::error!(%device, %dtype, %kernels, %error, "Kernels of our own are not used");
+                }
             }
         }
+        Self::plain(true)
     }
 
     /// libtorch's operations alone.
     pub fn plain(is_channels_last: bool) -> Self {
-        Self { launcher: None, is_channels_last }
+        Self { launcher: None, is_channels_last, has_attention: false }
     }
 
     /// Our own kernels, where they take what a layer has.
     pub fn fused(launcher: Arc<dyn Launch>) -> Self {
-        Self { launcher: Some(launcher), is_channels_last: true }
+        Self { launcher: Some(launcher), is_channels_last: true, has_attention: false }
+    }
+
+    /// With attention of our own, too.
+    pub fn with_attention(self) -> Self {
+        Self { has_attention: self.launcher.is_some(), ..self }
     }
 
     /// Whether layers should leave to a later operation what the fused ones take along, such as a bias.
@@ -202,6 +220,22 @@ impl Kernels {
         plain::add_bias_residual(sum, bias, residual)
     }
 
+    /// Whether [`Self::attention`] of heads of `head_dim` values of a kind is our own kernel's, which reads them where they lie.
+    pub fn attends(&self, kind: Kind, head_dim: i64) -> bool {
+        self.has_attention && attention::takes(kind, head_dim)
+    }
+
+    /// Attention of each head by itself, scores scaled by 1/√head_dim: `query` `(batch_size, heads, length, head_dim)`, `key`
+    /// and `value` `(batch_size, heads, key_length, head_dim)`, to `(batch_size, length, heads * head_dim)`.
+    pub fn attention(&self, query: &Tensor, key: &Tensor, value: &Tensor) -> Result<Tensor, TchError> {
+        if let Some(launcher) = self.launcher.as_ref().filter(|_| self.has_attention)
+            && let Some(output) = attention::attention(launcher.as_ref(), query, key, value)?
+        {
+            return Ok(output);
+        }
+        plain::attention(query, key, value)
+    }
+
     /// From the UNet's prediction to the next sample: guidance, and a noise scheduler's step. Overwrites what is kept and the
     /// sample.
     pub fn linear_step(&self, tensors: &LinearStepTensors<'_>) -> Result<(), TchError> {
@@ -215,10 +249,13 @@ impl Kernels {
 }
 
 impl fmt::Display for Kernels {
-    /// `plain`, or `fused` and what the kernels were compiled for.
+    /// `plain`, or `fused` or `attention` and what the kernels were compiled for.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.launcher {
-            Some(launcher) => write!(f, "{} {}", KernelChoice::Fused, launcher.architecture()),
+            Some(launcher) => {
+                let choice = if self.has_attention { KernelChoice::Attention } else { KernelChoice::Fused };
+                write!(f, "{choice} {}", launcher.architecture())
+            }
             None => KernelChoice::Plain.fmt(f),
         }
     }

@@ -95,7 +95,7 @@ impl StableDiffusionPipeline {
         self.options
     }
 
-    /// What the models compute with: `plain`, or `fused` and what our own kernels were compiled for.
+    /// What the models compute with: `plain`, or `fused` or `attention` and what our own kernels were compiled for.
     pub fn kernels(&self) -> String {
         self.kernels.to_string()
     }

@@ -2,7 +2,7 @@
 // kernels.cu`. A block's threads are fibers, which take turns at barriers and shuffles. Strict where a GPU is lenient or
 // undefined: a thread that ends while its block waits at a barrier, a shuffle that not all of a warp take part in, and
 // shared memory written beyond what was asked for are faults; shared memory is full of NaN at first. Fibers can be run
-// in either order, and a result that depends on it is a race.
+// in either order, a warp as far as it gets before the next one, and a result that depends on it is a race.
 #pragma once
 #define KERNELS_ON_HOST
 #include <ucontext.h>
@@ -93,25 +93,33 @@ constexpr size_t STACK = 64 << 10, SHARED = 48 << 10, WARP = 32;
 struct Index {
     unsigned x = 0, y = 0, z = 0;
 };
-enum class State { Ready, AtBarrier, AtShuffle, Ended };
+enum class State { Ready, AtBarrier, AtShuffle, Together, Ended };
 struct Fiber {
     ucontext_t context;
     std::unique_ptr<char[]> stack{new char[STACK]};
     State state = State::Ended;
     float given = 0, received = 0;
     int mask = 0;
+    // What the warp does together, and this lane's operands of it; copies that the lane has not waited for.
+    void (*together)(void *const *) = nullptr;
+    void *operands = nullptr;
+    std::vector<std::function<void()>> copies;
 };
 
 // A launch at a time: the caller sees to it.
 inline std::vector<Fiber> fibers;
 inline ucontext_t scheduler;
 inline size_t running = 0;
+inline bool is_reversed = false;
 inline std::function<void()> body;
 
 inline void pause(State state) {
     fibers[running].state = state;
     swapcontext(&fibers[running].context, &scheduler);
 }
+// What a thread did that it must not; the first such thing.
+inline const char *found_fault = nullptr;
+inline void fault(const char *what) { found_fault = found_fault ? found_fault : what; }
 inline void run_body() {
     body();
     pause(State::Ended);
@@ -131,9 +139,48 @@ inline float __shfl_xor_sync(unsigned lanes, float x, int mask) {
     return host::fibers[host::running].received;
 }
 
+#include "tensor_core_on_host.h"
+
 namespace host {
+// Lets the warp that begins with fiber `first` do what its lanes wait for; false if they do not all wait for the same.
+inline bool meet(unsigned first) {
+    const Fiber &any = fibers[first];
+    void *operands[WARP];
+    for (unsigned i = 0; i < WARP; i++) {
+        const Fiber &fiber = fibers[first + i];
+        if (fiber.state != any.state || fiber.mask != any.mask || fiber.together != any.together) return false;
+        operands[i] = fiber.operands;
+    }
+    if (any.state == State::Together) {
+        any.together(operands);
+    } else if (any.state == State::AtShuffle) {
+        for (unsigned i = first; i < first + WARP; i++) fibers[i].received = fibers[i ^ fibers[i].mask].given;
+    } else {
+        return false;
+    }
+    for (unsigned i = first; i < first + WARP; i++) fibers[i].state = State::Ready;
+    return true;
+}
+
+// Runs a warp until all of its lanes have ended or wait for more than each other; whether any of them moved.
+inline bool run_warp(unsigned first) {
+    for (bool moved = false;; moved = true) {
+        bool ran = false;
+        for (unsigned i = 0; i < WARP; i++) {
+            running = first + (is_reversed ? WARP - 1 - i : i);
+            if (fibers[running].state != State::Ready) continue;
+            threadIdx.x = static_cast<unsigned>(running);
+            swapcontext(&scheduler, &fibers[running].context);
+            ran = true;
+        }
+        if (!meet(first) && !ran) return moved;
+    }
+}
+
 // Runs one block; why it could not be, or nullptr.
 inline const char *run_block(unsigned threads, bool reversed) {
+    is_reversed = reversed;
+    found_fault = nullptr;
     if (fibers.size() < threads) fibers.resize(threads);
     for (unsigned i = 0; i < threads; i++) {
         getcontext(&fibers[i].context);
@@ -142,34 +189,24 @@ inline const char *run_block(unsigned threads, bool reversed) {
         fibers[i].context.uc_link = nullptr;
         makecontext(&fibers[i].context, run_body, 0);
         fibers[i].state = State::Ready;
+        fibers[i].mask = 0;
+        fibers[i].together = nullptr;
+        fibers[i].copies.clear();
     }
     for (;;) {
         bool moved = false;
-        for (unsigned i = 0; i < threads; i++) {
-            running = reversed ? threads - 1 - i : i;
-            if (fibers[running].state != State::Ready) continue;
-            threadIdx.x = static_cast<unsigned>(running);
-            swapcontext(&scheduler, &fibers[running].context);
-            moved = true;
-        }
+        for (unsigned warp = 0; warp < threads; warp += WARP) moved |= run_warp(reversed ? threads - WARP - warp : warp);
         size_t ended = 0, waiting = 0;
         for (unsigned i = 0; i < threads; i++) {
             ended += fibers[i].state == State::Ended;
             waiting += fibers[i].state == State::AtBarrier;
+            if (fibers[i].state == State::Ended && !fibers[i].copies.empty()) fault("it did not wait for a copy");
         }
+        if (found_fault) return found_fault;
         if (ended == threads) return nullptr;
         if (waiting == threads) {
             for (unsigned i = 0; i < threads; i++) fibers[i].state = State::Ready;
             continue;
-        }
-        for (unsigned warp = 0; warp < threads; warp += WARP) {
-            bool all = true;
-            for (unsigned i = warp; i < warp + WARP; i++)
-                all = all && fibers[i].state == State::AtShuffle && fibers[i].mask == fibers[warp].mask;
-            if (!all) continue;
-            for (unsigned i = warp; i < warp + WARP; i++) fibers[i].received = fibers[i ^ fibers[i].mask].given;
-            for (unsigned i = warp; i < warp + WARP; i++) fibers[i].state = State::Ready;
-            moved = true;
         }
         if (!moved) return ended ? "threads ended while others wait" : "threads wait for different things";
     }
@@ -204,6 +241,7 @@ template <typename... P> bool add(const char *name, unsigned most_threads, void 
 }
 }  // namespace host
 
+#define BLOCKS(THREADS, COUNT) THREADS
 #define KERNEL(NAME, THREADS, BODY, PARAMETERS, ARGUMENTS) \
     void NAME PARAMETERS { BODY ARGUMENTS; }             \
     static const bool NAME##_is_added = host::add(#NAME, THREADS, &NAME);

@@ -40,7 +40,7 @@ impl HostKernels {
     pub fn new(reversed: bool) -> Arc<Self> {
         static RUN: OnceLock<RunKernel> = OnceLock::new();
         let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels");
-        let run = *RUN.get_or_init(|| compile(&sources, "kernels_on_host.so"));
+        let run = *RUN.get_or_init(|| compile(&sources, concat!(env!("CARGO_CRATE_NAME"), "_on_host.so")));
         Arc::new(Self { run, reversed, launches: AtomicUsize::new(0) })
     }
 

@@ -15,16 +15,20 @@ pub(super) enum Operation {
     Geglu,
     AddBiasResidual,
     LinearStep,
+    Attention40,
+    Attention80,
 }
 
 /// Every operation, in the order of the enum.
-const OPERATIONS: [(Operation, &str); 6] = [
+const OPERATIONS: [(Operation, &str); 8] = [
     (Operation::GroupNormStats, "group_norm_stats"),
     (Operation::GroupNormApply, "group_norm_apply"),
     (Operation::LayerNorm, "layer_norm"),
     (Operation::Geglu, "geglu"),
     (Operation::AddBiasResidual, "add_bias_residual"),
     (Operation::LinearStep, "linear_step"),
+    (Operation::Attention40, "attention_40"),
+    (Operation::Attention80, "attention_80"),
 ];
 
 /// Every dtype, in the order of the enum.
@@ -48,14 +52,21 @@ pub(super) fn wide(dtype: ComputeDtype) -> i64 {
 }
 
 impl Kernel {
-    /// Every kernel that is ever asked for, in the order of `Self::index`; the scheduler's step is never wide.
+    /// Every kernel that is ever asked for, in the order of `Self::index`; the scheduler's step is never wide, attention always
+    /// and never in f32.
     pub fn all() -> Vec<Self> {
         let of_operation = |(operation, _): (Operation, &str)| {
             DTYPES
                 .into_iter()
                 .flat_map(move |dtype| [false, true].map(|is_wide| Self { operation, dtype, is_wide }))
         };
-        let is_made = |kernel: &Self| !(kernel.operation == Operation::LinearStep && kernel.is_wide);
+        let is_made = |kernel: &Self| match kernel.operation {
+            Operation::LinearStep => !kernel.is_wide,
+            Operation::Attention40 | Operation::Attention80 => {
+                kernel.is_wide && kernel.dtype != ComputeDtype::F32
+            }
+            _ => true,
+        };
         OPERATIONS.into_iter().flat_map(of_operation).filter(is_made).collect()
     }
 

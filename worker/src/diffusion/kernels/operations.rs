@@ -23,10 +23,10 @@ const MOST_SHARED_BYTES: i64 = 48 << 10;
 const PIXELS_PER_ROW: i64 = 8;
 /// The most chunks of a sample: every block of the second pass puts all of them together.
 const MOST_CHUNKS: i64 = 128;
-/// The most blocks in y (CUDA's limit).
-const MOST_GRID_Y: i64 = 65_535;
+/// The most blocks in y, and in z (CUDA's limit).
+pub(super) const MOST_GRID_Y: i64 = 65_535;
 /// Bytes of an address that 16 bytes can be loaded from.
-const ALIGNMENT: usize = 16;
+pub(super) const ALIGNMENT: usize = 16;
 /// Bytes of an f32.
 const F32_BYTES: i64 = 4;
 
@@ -73,12 +73,12 @@ pub(super) fn int(value: i64) -> Result<Argument, TchError> {
     i32::try_from(value).map(Argument::Int).map_err(|_| too_large(value))
 }
 
-fn too_large(value: i64) -> TchError {
+pub(super) fn too_large(value: i64) -> TchError {
     TchError::Shape(format!("{value} is too large for a kernel"))
 }
 
 /// How many of `size` hold `count`; neither is negative.
-fn div_ceil(count: i64, size: i64) -> i64 {
+pub(super) fn div_ceil(count: i64, size: i64) -> i64 {
     (count + size - 1) / size
 }
 

@@ -56,6 +56,14 @@ pub(super) fn add_bias_residual(
     sum.f_add_(&over_pixels(bias)?)?.f_add_(residual)
 }
 
+/// See [`super::Kernels::attention`].
+pub(super) fn attention(query: &Tensor, key: &Tensor, value: &Tensor) -> Result<Tensor, TchError> {
+    let no_mask = None::<&Tensor>;
+    let attended =
+        Tensor::f_scaled_dot_product_attention(query, key, value, no_mask, 0.0, false, None, false)?;
+    attended.f_transpose(1, 2)?.f_flatten(2, 3)
+}
+
 /// `(channels)` or `(batch_size, channels)` so that it is added to each pixel of `(batch_size, channels, height, width)`.
 fn over_pixels(of_channels: &Tensor) -> Result<Tensor, TchError> {
     of_channels.f_unsqueeze(-1)?.f_unsqueeze(-1)

@@ -84,6 +84,14 @@ pub fn self_check(kernels: &Kernels, dtype: ComputeDtype) -> Result<(), SelfChec
     let expected = plain::add_bias_residual(float(&map)?.f_mul_scalar(1.0)?, &wide_bias, &float(&residual)?)?;
     compare("add_bias_residual", &kernels.add_bias_residual(map, &bias, &residual)?, &expected)?;
 
+    for head_dim in [40, 80].into_iter().filter(|&head_dim| kernels.attends(dtype.to_tch(), head_dim)) {
+        // As one product gives them, and neither queries nor keys fill their last tile.
+        let packed = values(&[2, 150, 3, 2, head_dim], 1.1)?.f_permute([2, 0, 3, 1, 4])?;
+        let [query, key, value] = [packed.f_select(0, 0)?, packed.f_select(0, 1)?, packed.f_select(0, 2)?];
+        let expected = plain::attention(&float(&query)?, &float(&key)?, &float(&value)?)?;
+        compare("attention", &kernels.attention(&query, &key, &value)?, &expected)?;
+    }
+
     let noise_pred = values(&[4, 4, 3, 5], 0.7)?;
     let kept = float(&values(&[5, 2, 4, 3, 5], 0.8)?)?;
     let guidance_scale = float(&values(&[2, 1, 1, 1], 0.9)?)?;

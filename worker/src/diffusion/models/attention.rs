@@ -54,6 +54,7 @@ pub struct SelfAttention {
     to_qkv: Linear,
     to_out: Linear,
     heads: i64,
+    kernels: Kernels,
 }
 
 impl SelfAttention {
@@ -63,6 +64,7 @@ impl SelfAttention {
             to_qkv: Linear::stacked_without_bias(weights, &QKV, dim, dim),
             to_out: Linear::load(&(weights / "to_out" / 0), dim, dim),
             heads,
+            kernels: weights.kernels().clone(),
         }
     }
 
@@ -72,6 +74,7 @@ impl SelfAttention {
             to_qkv: Linear::stacked(weights, &QKV, channels, channels),
             to_out: Linear::load(&(weights / "to_out" / 0), channels, channels),
             heads,
+            kernels: weights.kernels().clone(),
         }
     }
 
@@ -85,9 +88,8 @@ impl SelfAttention {
         let (batch_size, length, channels) = hidden_states.size3()?;
         let qkv = self.to_qkv.forward(hidden_states)?;
         let qkv = qkv.f_view([batch_size, length, 3, self.heads, channels / self.heads])?;
-        let qkv = rows_of_a_head_together(qkv.f_permute([2, 0, 3, 1, 4])?)?;
-        let key_value = KeyValue { key: qkv.f_select(0, 1)?, value: qkv.f_select(0, 2)? };
-        attend(&qkv.f_select(0, 0)?, &key_value)
+        let qkv = rows_of_a_head_together(qkv.f_permute([2, 0, 3, 1, 4])?, &self.kernels)?;
+        self.kernels.attention(&qkv.f_select(0, 0)?, &qkv.f_select(0, 1)?, &qkv.f_select(0, 2)?)
     }
 }
 
@@ -102,6 +104,7 @@ pub struct CrossAttention {
     to_v: Linear,
     to_out: Linear,
     heads: i64,
+    kernels: Kernels,
 }
 
 impl CrossAttention {
@@ -114,14 +117,15 @@ impl CrossAttention {
             to_v: Linear::without_bias(&(weights / "to_v"), cross_attention_dim, query_dim),
             to_out: Linear::load(&(weights / "to_out" / 0), query_dim, query_dim),
             heads,
+            kernels: weights.kernels().clone(),
         }
     }
 
-    /// What the layer makes of `encoder_hidden_states` `(batch_size, text_length, cross_attention_dim)`. On the CPU the
-    /// keys are scaled already.
+    /// What the layer makes of `encoder_hidden_states` `(batch_size, text_length, cross_attention_dim)`. On the CPU
+    /// the keys are scaled already, unless attention to them is by a kernel of our own.
     pub fn project(&self, encoder_hidden_states: &Tensor) -> Result<KeyValue, TchError> {
         let mut key = self.split_heads(&self.to_k.forward(encoder_hidden_states)?)?;
-        if key.device() == Device::Cpu {
+        if self.is_by_products(&key) {
             let (_, _, _, head_dim) = key.size4()?;
             key = key.f_mul_scalar((head_dim as f64).sqrt().recip())?;
         }
@@ -136,35 +140,36 @@ impl CrossAttention {
     /// As [`Self::forward`], before the output projection.
     fn attended(&self, hidden_states: &Tensor, text: &KeyValue) -> Result<Tensor, TchError> {
         let query = self.split_heads(&self.to_q.forward(hidden_states)?)?;
-        // A text is short: plain products take two thirds of the time that the CPU's kernel for long sequences does.
-        if query.device() == Device::Cpu {
+        if self.is_by_products(&query) {
             let weights = query.f_matmul(&text.key.f_transpose(2, 3)?)?.f_softmax(-1, None::<Kind>)?;
             return weights.f_matmul(&text.value)?.f_transpose(1, 2)?.f_flatten(2, 3);
         }
-        attend(&query, text)
+        self.kernels.attention(&query, &text.key, &text.value)
+    }
+
+    /// A text is short: on the CPU plain products take two thirds of the time that its kernel for long sequences does.
+    fn is_by_products(&self, heads: &Tensor) -> bool {
+        heads.device() == Device::Cpu && !has_own_kernel(heads, &self.kernels)
     }
 
     /// `(batch_size, length, channels)` to `(batch_size, heads, length, channels / heads)`.
     fn split_heads(&self, tensor: &Tensor) -> Result<Tensor, TchError> {
         let (batch_size, length, channels) = tensor.size3()?;
         let heads = tensor.f_view([batch_size, length, self.heads, channels / self.heads])?;
-        rows_of_a_head_together(heads.f_transpose(1, 2)?)
+        rows_of_a_head_together(heads.f_transpose(1, 2)?, &self.kernels)
     }
 }
 
 /// On the CPU, each head's rows side by side in memory: its kernel reads them a sixth faster than with the other heads'
-/// between. A GPU's kernels take them as they are.
-fn rows_of_a_head_together(heads: Tensor) -> Result<Tensor, TchError> {
-    if heads.device() == Device::Cpu { heads.f_contiguous() } else { Ok(heads) }
+/// between. A GPU's kernels, and our own, take them as they are.
+fn rows_of_a_head_together(heads: Tensor, kernels: &Kernels) -> Result<Tensor, TchError> {
+    let are_taken_apart = heads.device() != Device::Cpu || has_own_kernel(&heads, kernels);
+    if are_taken_apart { Ok(heads) } else { heads.f_contiguous() }
 }
 
-/// `(batch_size, heads, length, head_dim)` to `(batch_size, length, heads * head_dim)`.
-fn attend(query: &Tensor, text: &KeyValue) -> Result<Tensor, TchError> {
-    let KeyValue { key, value } = text;
-    let no_mask = None::<&Tensor>;
-    let attended =
-        Tensor::f_scaled_dot_product_attention(query, key, value, no_mask, 0.0, false, None, false)?;
-    attended.f_transpose(1, 2)?.f_flatten(2, 3)
+/// Whether attention of these heads `(…, head_dim)` is our own kernel's.
+fn has_own_kernel(heads: &Tensor, kernels: &Kernels) -> bool {
+    heads.size().last().is_some_and(|&head_dim| kernels.attends(heads.kind(), head_dim))
 }
 
 /// `tensor`, or, where it has half of `num_rows`, that twice: what is the same for two texts, for each of them.
