@@ -14,16 +14,18 @@ pub(super) enum Operation {
     LayerNorm,
     Geglu,
     AddBiasResidual,
+    CatChannels,
     LinearStep,
 }
 
 /// Every operation, in the order of the enum.
-const OPERATIONS: [(Operation, &str); 6] = [
+const OPERATIONS: [(Operation, &str); 7] = [
     (Operation::GroupNormStats, "group_norm_stats"),
     (Operation::GroupNormApply, "group_norm_apply"),
     (Operation::LayerNorm, "layer_norm"),
     (Operation::Geglu, "geglu"),
     (Operation::AddBiasResidual, "add_bias_residual"),
+    (Operation::CatChannels, "cat_channels"),
     (Operation::LinearStep, "linear_step"),
 ];
 
