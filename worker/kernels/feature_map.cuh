@@ -24,8 +24,8 @@ __device__ void add_bias_residual(const T *__restrict__ map, const T *__restrict
     const auto write = [&](int pixel, const Packed<T, WIDTH> &packed) {
         store_packed<WIDTH>(output + part.at(pixel, channels), packed);
     };
-    // More at once would take more registers than there are.
-    group_partials<WIDTH == 1 ? 1 : 2, T>(part, read, write, output, nullptr, partials, channels, groups, 0);
+    // One at a time, which is two loads: for more, threads need so many registers that only one block finds room.
+    group_partials<1, T>(part, read, write, output, nullptr, partials, channels, groups, 0);
 }
 
 // `output` (samples, pixels, channels) has the channels of `first`, which are `first_channels`, and then those of `second`. Both
@@ -41,5 +41,5 @@ __device__ void cat_channels(const T *__restrict__ first, const T *__restrict__ 
     const auto write = [&](int pixel, const Packed<T, WIDTH> &packed) {
         store_packed<WIDTH>(output + part.at(pixel, channels), packed);
     };
-    group_partials<WIDTH == 1 ? 1 : 4, T>(part, read, write, output, nullptr, partials, channels, groups, 0);
+    group_partials<WIDTH == 1 ? 1 : 2, T>(part, read, write, output, nullptr, partials, channels, groups, 0);
 }

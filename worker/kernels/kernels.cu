@@ -11,8 +11,6 @@
 #define KERNEL(NAME, THREADS, BODY, PARAMETERS, ARGUMENTS) \
     extern "C" __global__ void __launch_bounds__(THREADS) NAME PARAMETERS { BODY ARGUMENTS; }
 #endif
-// Of those that write a feature map: with 16 bytes at a time they need more registers than 1024 threads have.
-#define MAP_THREADS(WIDTH) ((WIDTH) == 1 ? 1024 : 640)
 // Commas within a macro's argument.
 #define TEMPLATE(BODY, T, WIDTH) BODY<T, WIDTH>
 
@@ -31,11 +29,11 @@
     KERNEL(geglu_##DTYPE##_x##WIDTH, 256, TEMPLATE(geglu, T, WIDTH),                                                                \
            (const T *input, const T *bias, T *output, unsigned vectors, unsigned channels),                                    \
            (input, bias, output, vectors, channels))                                                                           \
-    KERNEL(add_bias_residual_##DTYPE##_x##WIDTH, MAP_THREADS(WIDTH), TEMPLATE(add_bias_residual, T, WIDTH),                                  \
+    KERNEL(add_bias_residual_##DTYPE##_x##WIDTH, 1024, TEMPLATE(add_bias_residual, T, WIDTH),                                  \
            (const T *map, const T *bias, const T *residual, T *output, float2 *partials, int pixels, int channels, int groups, \
             int chunk),                                                                                                        \
            (map, bias, residual, output, partials, pixels, channels, groups, chunk))                                           \
-    KERNEL(cat_channels_##DTYPE##_x##WIDTH, MAP_THREADS(WIDTH), TEMPLATE(cat_channels, T, WIDTH),                                            \
+    KERNEL(cat_channels_##DTYPE##_x##WIDTH, 1024, TEMPLATE(cat_channels, T, WIDTH),                                            \
            (const T *first, const T *second, T *output, float2 *partials, int pixels, int channels, int first_channels,        \
             int groups, int chunk),                                                                                            \
            (first, second, output, partials, pixels, channels, first_channels, groups, chunk))

@@ -38,17 +38,10 @@ fn reads_twice(name: &str, num_groups: i64, write: impl Fn(&Kernels) -> FeatureM
     orders[0]
 }
 
-/// Batch size, channels, height, width, groups: chunks that are full, cut short and many, groups that do not end where 16 bytes
+/// Batch size, channels, height, width, groups: chunks that are full, cut short and several, groups that do not end where 16 bytes
 /// do, channels that are read one by one.
-const SHAPES: [[i64; 5]; 7] = [
-    [1, 320, 8, 8, 32],
-    [2, 320, 9, 7, 32],
-    [2, 640, 5, 3, 32],
-    [1, 1280, 3, 5, 32],
-    [1, 128, 40, 36, 32],
-    [3, 30, 5, 5, 3],
-    [2, 6, 1, 1, 2],
-];
+const SHAPES: [[i64; 5]; 5] =
+    [[1, 320, 8, 8, 32], [2, 320, 9, 7, 32], [1, 1280, 3, 5, 32], [1, 128, 24, 18, 32], [3, 30, 5, 5, 3]];
 
 #[test]
 fn sums_of_bias_and_residual_equal_libtorch_and_come_with_statistics() {
@@ -87,8 +80,8 @@ fn concatenations_equal_libtorch_and_come_with_statistics() {
     let shapes = [
         [2, 320, 320, 4, 5, 32],
         [1, 1280, 640, 3, 3, 32],
-        [2, 640, 320, 9, 7, 32],
-        [1, 128, 64, 40, 36, 32],
+        [2, 640, 320, 5, 3, 32],
+        [1, 128, 64, 24, 18, 32],
         [3, 5, 10, 3, 5, 5],
     ];
     for (kind, _) in KINDS {

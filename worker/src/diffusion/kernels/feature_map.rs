@@ -7,9 +7,6 @@ use super::launch::{Argument, Kernel, Launch, Operation, wide};
 use super::operations::{Grid, address, address_or_null, group_norm_grid, int, kernel};
 use super::{from_pixels, pixels};
 
-/// The most threads that the kernels here have where they load 16 bytes at once (`MAP_THREADS` in `kernels.cu`).
-const MOST_WIDE_THREADS: i64 = 640;
-
 /// `(batch_size, channels, height, width)` between two layers, and what is known of it. Whoever has one leaves the tensor's
 /// numbers as they are.
 #[derive(Debug)]
@@ -73,7 +70,7 @@ impl FeatureMap {
 }
 
 impl Statistics {
-    /// Room for those of maps of this many samples, which a first pass on `grid` takes in chunks of this many pixels.
+    /// Room for what a first pass on `grid`, with chunks of this many pixels, is going to find.
     pub(super) fn empty(
         launcher: &dyn Launch,
         num_groups: i64,
@@ -122,9 +119,6 @@ fn write_map(
     let Some((grid, chunk)) = group_norm_grid(kernel.width(), [num_pixels, channels], batch_size) else {
         return Ok(None);
     };
-    if kernel.is_wide && grid.threads > MOST_WIDE_THREADS {
-        return Ok(None);
-    }
     let statistics = Statistics::empty(launcher, num_groups, grid, chunk)?;
     let written = [address(output), statistics.address(), int(num_pixels)?, int(channels)?];
     let arguments = [inputs, &written, sizes, &[int(num_groups)?, int(chunk)?]].concat();
