@@ -10,55 +10,85 @@
 #pragma once
 #include "number.cuh"
 
-// Mean and sum of squared differences from it, of each chunk of each group: `partials` is (samples, groups, chunks).
-// Differences are taken from the chunk's first pixel, so that a channel far from zero keeps its digits.
-// Shared memory: 2 * rows * channels floats.
-template <typename T, int WIDTH>
-__device__ void group_norm_stats(const T *__restrict__ input, const T *__restrict__ addend, float2 *__restrict__ partials,
-                                 int pixels, int channels, int groups, int chunk, int addend_stride) {
-    extern __shared__ float shared[];
-    const int columns = channels / WIDTH, rows = blockDim.x / columns;
-    const int column = threadIdx.x % columns, row = threadIdx.x / columns;
-    const int first = blockIdx.x * chunk, end = min(first + chunk, pixels);
-    const T *sample = input + static_cast<size_t>(blockIdx.y) * pixels * channels;
-    float *sums = shared, *squares = shared + rows * channels;
+// A thread's part of a feature map: WIDTH channels from `channel` on, in every rows-th pixel of its block's chunk.
+template <int WIDTH> struct Part {
+    int rows, row, channel, first, end;
+    // Where its sample starts, in pixels.
+    size_t sample;
 
-    if (row < rows) {
-        const T *own = sample + column * WIDTH;
-        const Lanes<WIDTH> origin = load<WIDTH>(own + static_cast<size_t>(first) * channels);
+    __device__ __forceinline__ Part(int pixels, int channels, int chunk)
+        : rows(blockDim.x / (channels / WIDTH)),
+          row(threadIdx.x / (channels / WIDTH)),
+          channel(threadIdx.x % (channels / WIDTH) * WIDTH),
+          first(blockIdx.x * chunk),
+          end(min(first + chunk, pixels)),
+          sample(static_cast<size_t>(blockIdx.y) * pixels) {}
+
+    // Where its channels of one of the sample's pixels are.
+    __device__ __forceinline__ size_t at(int pixel, int channels) const {
+        return (sample + pixel) * channels + channel;
+    }
+};
+
+// Mean and sum of squared differences from it, of each group of the block's chunk: `partials` is (samples, groups, chunks).
+// `read` gives a thread's part of a pixel as the norm will find it, `write` puts it there; by the end of the chunk it is found in
+// `map`. Differences are taken from the chunk's first pixel, so that a channel far from zero keeps its digits. BATCH pixels are
+// read before the first of them is used: the compiler does not move loads over a loop's end by itself.
+// Shared memory: 2 * rows * channels floats.
+template <int BATCH, typename T, int WIDTH, typename Read, typename Write>
+__device__ __forceinline__ void group_partials(const Part<WIDTH> &part, Read read, Write write, const T *map, const T *addend,
+                                               float2 *partials, int channels, int groups, int addend_stride) {
+    extern __shared__ float shared[];
+    float *sums = shared, *squares = shared + part.rows * channels;
+
+    if (part.row < part.rows) {
+        const Lanes<WIDTH> origin = unpack<T, WIDTH>(read(part.first));
         float sum[WIDTH], square[WIDTH];
 #pragma unroll
         for (int i = 0; i < WIDTH; i++) sum[i] = square[i] = 0.f;
-#pragma unroll 4
-        for (int pixel = first + row; pixel < end; pixel += rows) {
-            const Lanes<WIDTH> lanes = load<WIDTH>(own + static_cast<size_t>(pixel) * channels);
+        const auto take = [&](int pixel, const Packed<T, WIDTH> &packed) {
+            write(pixel, packed);
+            const Lanes<WIDTH> lanes = unpack<T, WIDTH>(packed);
 #pragma unroll
             for (int i = 0; i < WIDTH; i++) {
                 const float difference = lanes.at[i] - origin.at[i];
                 sum[i] += difference;
                 square[i] += difference * difference;
             }
+        };
+        int pixel = part.first + part.row;
+#pragma unroll 1
+        for (; pixel + (BATCH - 1) * part.rows < part.end; pixel += BATCH * part.rows) {
+            Packed<T, WIDTH> batch[BATCH];
+#pragma unroll
+            for (int i = 0; i < BATCH; i++) batch[i] = read(pixel + i * part.rows);
+#pragma unroll
+            for (int i = 0; i < BATCH; i++) take(pixel + i * part.rows, batch[i]);
+        }
+        if constexpr (BATCH > 1) {
+#pragma unroll 1
+            for (; pixel < part.end; pixel += part.rows) take(pixel, read(pixel));
         }
 #pragma unroll
         for (int i = 0; i < WIDTH; i++) {
-            sums[row * channels + column * WIDTH + i] = sum[i];
-            squares[row * channels + column * WIDTH + i] = square[i];
+            sums[part.row * channels + part.channel + i] = sum[i];
+            squares[part.row * channels + part.channel + i] = square[i];
         }
     }
     __syncthreads();
 
     // Each channel's mean and squares, in place of its first row's sums.
-    const float count = static_cast<float>(end - first);
+    const float count = static_cast<float>(part.end - part.first);
 #pragma unroll 1
     for (int channel = threadIdx.x; channel < channels; channel += blockDim.x) {
         float sum = 0.f, square = 0.f;
 #pragma unroll 1
-        for (int i = 0; i < rows; i++) {
+        for (int i = 0; i < part.rows; i++) {
             sum += sums[i * channels + channel];
             square += squares[i * channels + channel];
         }
         const float offset = sum / count;
-        float mean = widen(sample[static_cast<size_t>(first) * channels + channel]) + offset;
+        float mean = widen(map[(part.sample + part.first) * channels + channel]) + offset;
         if (addend) mean += widen(addend[static_cast<size_t>(blockIdx.y) * addend_stride + channel]);
         sums[channel] = mean;
         squares[channel] = fmaxf(square - sum * offset, 0.f);
@@ -84,7 +114,17 @@ __device__ void group_norm_stats(const T *__restrict__ input, const T *__restric
     }
 }
 
-// The normalized input, from what `group_norm_stats` left in `partials`. Shared memory: 2 * groups floats.
+// The first pass by itself.
+template <typename T, int WIDTH>
+__device__ void group_norm_stats(const T *__restrict__ input, const T *__restrict__ addend, float2 *__restrict__ partials,
+                                 int pixels, int channels, int groups, int chunk, int addend_stride) {
+    const Part<WIDTH> part(pixels, channels, chunk);
+    const auto read = [&](int pixel) { return load_packed<WIDTH>(input + part.at(pixel, channels)); };
+    const auto leave = [](int, const Packed<T, WIDTH> &) {};
+    group_partials<WIDTH == 1 ? 1 : 4>(part, read, leave, input, addend, partials, channels, groups, addend_stride);
+}
+
+// The normalized input, from what the first pass left in `partials`. Shared memory: 2 * groups floats.
 template <typename T, int WIDTH>
 __device__ void group_norm_apply(const T *__restrict__ input, const T *__restrict__ addend, const float2 *__restrict__ partials,
                                  const T *__restrict__ weight, const T *__restrict__ bias, T *__restrict__ output, int pixels,

@@ -1,5 +1,6 @@
 // All kernels under the names that worker/src/diffusion/kernels/launch.rs asks for: OPERATION_DTYPE_xWIDTH.
 #include "attention.cuh"
+#include "feature_map.cuh"
 #include "group_norm.cuh"
 #include "layer_norm.cuh"
 #include "linear_step.cuh"
@@ -31,9 +32,14 @@
     KERNEL(geglu_##DTYPE##_x##WIDTH, 256, TEMPLATE(geglu, T, WIDTH),                                                                \
            (const T *input, const T *bias, T *output, unsigned vectors, unsigned channels),                                    \
            (input, bias, output, vectors, channels))                                                                           \
-    KERNEL(add_bias_residual_##DTYPE##_x##WIDTH, 256, TEMPLATE(add_bias_residual, T, WIDTH),                                        \
-           (T *sum, const T *bias, const T *residual, unsigned vectors, unsigned channels),                                    \
-           (sum, bias, residual, vectors, channels))
+    KERNEL(add_bias_residual_##DTYPE##_x##WIDTH, 1024, TEMPLATE(add_bias_residual, T, WIDTH),                                  \
+           (const T *map, const T *bias, const T *residual, T *output, float2 *partials, int pixels, int channels, int groups, \
+            int chunk),                                                                                                        \
+           (map, bias, residual, output, partials, pixels, channels, groups, chunk))                                           \
+    KERNEL(cat_channels_##DTYPE##_x##WIDTH, 1024, TEMPLATE(cat_channels, T, WIDTH),                                            \
+           (const T *first, const T *second, T *output, float2 *partials, int pixels, int channels, int first_channels,        \
+            int groups, int chunk),                                                                                            \
+           (first, second, output, partials, pixels, channels, first_channels, groups, chunk))
 
 #define LINEAR_STEP(DTYPE, T)                                                                                                  \
     KERNEL(linear_step_##DTYPE##_x1, 256, linear_step<T>,                                                                             \

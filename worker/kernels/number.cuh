@@ -49,54 +49,63 @@ template <int WIDTH> struct Lanes {
     float at[WIDTH];
 };
 
-template <int WIDTH> __device__ __forceinline__ Lanes<WIDTH> load(const float *from) {
-    Lanes<WIDTH> lanes;
-    if constexpr (WIDTH == 1) {
-        lanes.at[0] = *from;
-    } else {
-        const Words words = *reinterpret_cast<const Words *>(from);
-#pragma unroll
-        for (int i = 0; i < WIDTH; i++) lanes.at[i] = __uint_as_float(words.word[i]);
-    }
-    return lanes;
+// As they are in memory: 16 bytes, or one number.
+template <typename T, int WIDTH> struct PackedAs {
+    using Type = Words;
+};
+template <typename T> struct PackedAs<T, 1> {
+    using Type = T;
+};
+template <typename T, int WIDTH> using Packed = typename PackedAs<T, WIDTH>::Type;
+
+template <int WIDTH, typename T> __device__ __forceinline__ Packed<T, WIDTH> load_packed(const T *from) {
+    return *reinterpret_cast<const Packed<T, WIDTH> *>(from);
 }
 
-template <int WIDTH, typename T> __device__ __forceinline__ Lanes<WIDTH> load(const T *from) {
+template <int WIDTH, typename T> __device__ __forceinline__ void store_packed(T *to, const Packed<T, WIDTH> &packed) {
+    *reinterpret_cast<Packed<T, WIDTH> *>(to) = packed;
+}
+
+template <typename T, int WIDTH> __device__ __forceinline__ Lanes<WIDTH> unpack(const Packed<T, WIDTH> &packed) {
     Lanes<WIDTH> lanes;
     if constexpr (WIDTH == 1) {
-        lanes.at[0] = widen(*from);
+        lanes.at[0] = widen(packed);
+    } else if constexpr (sizeof(T) == 4) {
+#pragma unroll
+        for (int i = 0; i < WIDTH; i++) lanes.at[i] = __uint_as_float(packed.word[i]);
     } else {
-        const Words words = *reinterpret_cast<const Words *>(from);
 #pragma unroll
         for (int i = 0; i < WIDTH / 2; i++) {
-            lanes.at[2 * i] = widen(T{static_cast<unsigned short>(words.word[i] & 0xffff)});
-            lanes.at[2 * i + 1] = widen(T{static_cast<unsigned short>(words.word[i] >> 16)});
+            lanes.at[2 * i] = widen(T{static_cast<unsigned short>(packed.word[i] & 0xffff)});
+            lanes.at[2 * i + 1] = widen(T{static_cast<unsigned short>(packed.word[i] >> 16)});
         }
     }
     return lanes;
 }
 
-template <int WIDTH> __device__ __forceinline__ void store(float *to, const Lanes<WIDTH> &lanes) {
+// Rounded to T.
+template <typename T, int WIDTH> __device__ __forceinline__ Packed<T, WIDTH> pack(const Lanes<WIDTH> &lanes) {
     if constexpr (WIDTH == 1) {
-        *to = lanes.at[0];
+        return narrow<T>(lanes.at[0]);
     } else {
         Words words;
+        if constexpr (sizeof(T) == 4) {
 #pragma unroll
-        for (int i = 0; i < WIDTH; i++) words.word[i] = __float_as_uint(lanes.at[i]);
-        *reinterpret_cast<Words *>(to) = words;
+            for (int i = 0; i < WIDTH; i++) words.word[i] = __float_as_uint(lanes.at[i]);
+        } else {
+#pragma unroll
+            for (int i = 0; i < WIDTH / 2; i++) words.word[i] = narrow_pair<T>(lanes.at[2 * i], lanes.at[2 * i + 1]);
+        }
+        return words;
     }
 }
 
+template <int WIDTH, typename T> __device__ __forceinline__ Lanes<WIDTH> load(const T *from) {
+    return unpack<T, WIDTH>(load_packed<WIDTH>(from));
+}
+
 template <int WIDTH, typename T> __device__ __forceinline__ void store(T *to, const Lanes<WIDTH> &lanes) {
-    if constexpr (WIDTH == 1) {
-        *to = narrow<T>(lanes.at[0]);
-    } else {
-        Words words;
-#pragma unroll
-        for (int i = 0; i < WIDTH / 2; i++)
-            words.word[i] = narrow_pair<T>(lanes.at[2 * i], lanes.at[2 * i + 1]);
-        *reinterpret_cast<Words *>(to) = words;
-    }
+    store_packed<WIDTH>(to, pack<T, WIDTH>(lanes));
 }
 
 // The sum over a warp's 32 lanes, in every lane. Always in the same order.

@@ -27,18 +27,3 @@ __device__ void geglu(const T *__restrict__ input, const T *__restrict__ bias, T
     }
     store<WIDTH>(output + static_cast<size_t>(row) * channels + channel, values);
 }
-
-// `sum` (rows, channels) += bias + residual. `residual` has the shape of `sum` and is not part of it.
-template <typename T, int WIDTH>
-__device__ void add_bias_residual(T *__restrict__ sum, const T *__restrict__ bias, const T *__restrict__ residual,
-                                  unsigned vectors, unsigned channels) {
-    const unsigned index = blockIdx.x * blockDim.x + threadIdx.x;
-    if (index >= vectors) return;
-    const unsigned channel = index % (channels / WIDTH) * WIDTH;
-    const size_t at = static_cast<size_t>(index) * WIDTH;
-    Lanes<WIDTH> lanes = load<WIDTH>(sum + at);
-    const Lanes<WIDTH> biases = load<WIDTH>(bias + channel), residuals = load<WIDTH>(residual + at);
-#pragma unroll
-    for (int i = 0; i < WIDTH; i++) lanes.at[i] += biases.at[i] + residuals.at[i];
-    store<WIDTH>(sum + at, lanes);
-}

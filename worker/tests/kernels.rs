@@ -2,6 +2,8 @@
 //! launches through whole networks against the golden files, and what is checked in against its sources.
 #![allow(clippy::unwrap_used, reason = "clippy.toml allows it in test functions; this is for their helpers")]
 
+#[path = "kernels/feature_maps.rs"]
+mod feature_maps;
 #[path = "support/golden.rs"]
 mod golden;
 #[path = "kernels/on_host.rs"]
@@ -167,33 +169,6 @@ fn geglu_equals_libtorch() {
                 let compute = |kernels: &Kernels| kernels.geglu(&input, bias).unwrap();
                 compare(&format!("{kind:?} {rows}x{channels}"), tolerance, compute, &expected);
             }
-        }
-    }
-}
-
-#[test]
-fn bias_and_residual_are_added_in_place_and_nowhere_else() {
-    for (kind, tolerance) in KINDS {
-        for size in [[1, 320, 3, 3], [2, 640, 2, 5], [3, 7, 3, 1], [1, 1, 1, 1]] {
-            let channels = size[1];
-            let bias = randn(&[channels], 1, kind);
-            let residual = by_pixels(&randn(&size, 2, kind));
-            // The map is the middle one of three, which lie side by side in memory.
-            let [batch_size, _, height, width] = size;
-            let three = randn(&[3 * batch_size, height, width, channels], 0, kind);
-            let middle = |three: &Tensor| three.narrow(0, batch_size, batch_size).permute([0, 3, 1, 2]);
-            let expected =
-                double(&middle(&three)) + double(&bias).unsqueeze(-1).unsqueeze(-1) + double(&residual);
-            let compute = |kernels: &Kernels| {
-                let copy = three.copy();
-                let _ = kernels.add_bias_residual(middle(&copy), &bias, &residual).unwrap();
-                for start in [0, 2 * batch_size] {
-                    let neighbors = [&copy, &three].map(|maps| maps.narrow(0, start, batch_size));
-                    assert_eq!(max_difference(&neighbors[0], &neighbors[1]), 0.0, "{size:?}");
-                }
-                middle(&copy)
-            };
-            compare(&format!("{kind:?} {size:?}"), tolerance, compute, &expected);
         }
     }
 }
@@ -439,7 +414,7 @@ fn functions(elf: &[u8]) -> BTreeSet<String> {
 fn every_cubin_has_every_kernel_that_is_asked_for_and_no_other() {
     let asked_for: BTreeSet<String> = Kernel::all().iter().map(Kernel::to_string).collect();
     // Attention has two head sizes and two dtypes.
-    assert_eq!(asked_for.len(), 5 * 3 * 2 + 3 + 2 * 2);
+    assert_eq!(asked_for.len(), 6 * 3 * 2 + 3 + 2 * 2);
     for cubin in CUBINS {
         assert_eq!(functions(cubin.bytes), asked_for, "{}", cubin.architecture);
     }

@@ -12,6 +12,7 @@ use golden::{
 use tch::{Device, Kind, Tensor};
 use worker::diffusion::clip_image_processor::{CLIPImageProcessor, RgbPixels};
 use worker::diffusion::config::ConfigFile;
+use worker::diffusion::kernels::FeatureMap;
 use worker::diffusion::models::attention::{BasicTransformerBlock, CrossAttention};
 use worker::diffusion::models::autoencoder_kl::{AutoencoderKL, AutoencoderKLConfig};
 use worker::diffusion::models::clip_text_model::{CLIPTextConfig, CLIPTextModel};
@@ -76,13 +77,14 @@ fn blocks_give_the_slices_that_diffusers_publishes() {
 
     // Each picture has its own time embedding here, and the model has one for all: a picture at a time.
     let picture = |i: i64, tensor: &Tensor| tensor.narrow(0, i, 1);
+    let map = |i: i64| FeatureMap::from(picture(i, &hidden_states));
     let of_each = |forward: &mut dyn FnMut(i64) -> Tensor| Tensor::cat(&[0, 1, 2, 3].map(forward), 0);
     let name = "DownBlock2D";
     let loaded = DownBlock::Plain(DownBlock2D::load(&block(name), &down));
     let mut down_block = |loaded: &DownBlock| {
         of_each(&mut |i| {
             let time = loaded.layers().time_biases(&picture(i, temb)).unwrap().remove(0);
-            loaded.forward(&picture(i, &hidden_states), &time, &[], skipped).unwrap()
+            loaded.forward(&map(i), &time, &[], skipped).unwrap().into_tensor()
         })
     };
     compare(name, down_block(&loaded));
@@ -93,14 +95,14 @@ fn blocks_give_the_slices_that_diffusers_publishes() {
     let loaded = UNetMidBlock2D::load(&block(name), 32, &resnet, Some(32));
     let mid_block = of_each(&mut |i| {
         let time = loaded.layers().time_biases(&picture(i, temb)).unwrap().remove(0);
-        loaded.forward(&picture(i, &hidden_states), &time).unwrap()
+        loaded.forward(&map(i), &time).unwrap().into_tensor()
     });
     compare(name, mid_block);
     let name = "UNetMidBlock2DCrossAttn";
     let loaded = UNetMidBlock2DCrossAttn::load(&block(name), 32, &resnet, &transformer);
     let mid_block = of_each(&mut |i| {
         let time = loaded.layers().time_biases(&picture(i, temb)).unwrap().remove(0);
-        loaded.forward(&picture(i, &hidden_states), &time, &[]).unwrap()
+        loaded.forward(&map(i), &time, &[]).unwrap().into_tensor()
     });
     compare(name, mid_block);
     let up_block = |loaded: &UpBlock| {
@@ -118,7 +120,7 @@ fn blocks_give_the_slices_that_diffusers_publishes() {
     compare(name, up_block(&loaded));
     let name = "UpDecoderBlock2D";
     let loaded = UpDecoderBlock2D::load(&block(name), 32, 32, 1, true, &without_temb);
-    compare(name, loaded.forward(&hidden_states).unwrap());
+    compare(name, loaded.forward(&hidden_states.into()).unwrap().into_tensor());
     assert_eq!(compared, 7);
     // Every tensor of these blocks was found and used; what is left is the encoder's block and the slices.
     for fault in file.into_faults() {
@@ -273,19 +275,21 @@ fn parts_of_the_unet_equal_diffusers() {
         // One step for all pictures: the rows of its embedding are alike.
         let temb = input(module, "temb").silu().narrow(0, 0, 1);
         let time_bias = &block.time_biases(&temb).unwrap()[0];
-        compare(module, block.forward(input(module, "input_tensor"), Some(time_bias)).unwrap());
+        let input = FeatureMap::from(input(module, "input_tensor").shallow_clone());
+        compare(module, block.forward(&input, Some(time_bias)).unwrap().into_tensor());
     }
     let module = "down_blocks.0.downsamplers.0";
-    let block = Downsample2D::load(&at(module), channels[0]);
-    compare(module, block.forward(input(module, "hidden_states")).unwrap());
+    let block = Downsample2D::load(&at(module), channels[0], resnet.groups);
+    compare(module, block.forward(input(module, "hidden_states")).unwrap().into_tensor());
     let module = "up_blocks.0.upsamplers.0";
-    let block = Upsample2D::load(&at(module), channels[3]);
-    compare(module, block.forward(input(module, "hidden_states"), None).unwrap());
+    let block = Upsample2D::load(&at(module), channels[3], resnet.groups);
+    compare(module, block.forward(input(module, "hidden_states"), None).unwrap().into_tensor());
 
     let module = "down_blocks.1.attentions.0";
     let block = Transformer2DModel::load(&at(module), channels[1], &transformer);
     let text = block.project_text(input(module, "encoder_hidden_states")).unwrap();
-    compare(module, block.forward(input(module, "hidden_states"), &text).unwrap());
+    let input_map = FeatureMap::from(input(module, "hidden_states").copy());
+    compare(module, block.forward(input_map, &text).unwrap().into_tensor());
     let module = "down_blocks.1.attentions.0.transformer_blocks.0";
     let block = BasicTransformerBlock::load(&at(module), channels[1], text_channels, heads);
     let text = block.project_text(input(module, "encoder_hidden_states")).unwrap();

@@ -8,6 +8,7 @@
 mod attention;
 mod cubins;
 mod cuda;
+mod feature_map;
 mod launch;
 mod linear_step;
 mod operations;
@@ -21,6 +22,7 @@ use std::sync::Arc;
 use tch::{Kind, TchError, Tensor};
 
 pub use self::cubins::{CUBINS, Cubin, MANIFEST};
+pub use self::feature_map::FeatureMap;
 pub use self::launch::{Argument, Call, Kernel, Launch};
 pub use self::linear_step::{LinearStepTensors, guided};
 pub use self::self_check::{SelfCheckError, self_check};
@@ -170,11 +172,26 @@ impl Kernels {
         parameters: &GroupNormParameters<'_>,
     ) -> Result<Tensor, TchError> {
         if let Some(launcher) = &self.launcher
-            && let Some(output) = operations::group_norm(launcher.as_ref(), input, addend, parameters)?
+            && let Some(output) = operations::group_norm(launcher.as_ref(), input, None, addend, parameters)?
         {
             return Ok(output);
         }
         plain::group_norm(input, addend, parameters)
+    }
+
+    /// GroupNorm of a feature map, with its statistics where they are known.
+    pub fn group_norm_of_map(
+        &self,
+        map: &FeatureMap,
+        parameters: &GroupNormParameters<'_>,
+    ) -> Result<Tensor, TchError> {
+        if let Some(launcher) = &self.launcher
+            && let Some(output) =
+                operations::group_norm(launcher.as_ref(), map.tensor(), map.statistics(), None, parameters)?
+        {
+            return Ok(output);
+        }
+        plain::group_norm(map.tensor(), None, parameters)
     }
 
     /// LayerNorm of `input` plus `pending` over the last dimension of `(…, channels)`, to the same shape. `pending` is
@@ -204,20 +221,38 @@ impl Kernels {
         plain::geglu(input, bias)
     }
 
-    /// `sum` plus `bias` `(channels)` plus `residual`, both feature maps `(batch_size, channels, height, width)`. May
-    /// overwrite `sum`.
+    /// `map` plus `bias` `(channels)` plus `residual`, both feature maps `(batch_size, channels, height, width)`, with the
+    /// statistics of a GroupNorm of `num_groups`. May overwrite `map`.
     pub fn add_bias_residual(
         &self,
-        sum: Tensor,
-        bias: &Tensor,
-        residual: &Tensor,
-    ) -> Result<Tensor, TchError> {
+        map: Tensor,
+        bias: Option<&Tensor>,
+        residual: Option<&Tensor>,
+        num_groups: i64,
+    ) -> Result<FeatureMap, TchError> {
         if let Some(launcher) = &self.launcher
-            && let Some(output) = operations::add_bias_residual(launcher.as_ref(), &sum, bias, residual)?
+            && let Some(output) =
+                feature_map::add_bias_residual(launcher.as_ref(), &map, bias, residual, num_groups)?
         {
             return Ok(output);
         }
-        plain::add_bias_residual(sum, bias, residual)
+        plain::add_bias_residual(map, bias, residual).map(FeatureMap::from)
+    }
+
+    /// The channels of `first` and then those of `second`, feature maps of one height and width, with the statistics of a
+    /// GroupNorm of `num_groups` over all of them.
+    pub fn cat_channels(
+        &self,
+        first: &Tensor,
+        second: &Tensor,
+        num_groups: i64,
+    ) -> Result<FeatureMap, TchError> {
+        if let Some(launcher) = &self.launcher
+            && let Some(output) = feature_map::cat_channels(launcher.as_ref(), first, second, num_groups)?
+        {
+            return Ok(output);
+        }
+        Tensor::f_cat(&[first, second], 1).map(FeatureMap::from)
     }
 
     /// Whether [`Self::attention`] of heads of `head_dim` values of a kind is our own kernel's, which reads them where they lie.

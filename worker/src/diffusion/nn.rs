@@ -2,7 +2,7 @@
 
 use tch::{Kind, TchError, Tensor};
 
-use super::kernels::{GroupNormParameters, Kernels, LayerNormParameters, from_pixels, pixels};
+use super::kernels::{FeatureMap, GroupNormParameters, Kernels, LayerNormParameters, from_pixels, pixels};
 use super::weights::Weights;
 
 /// `torch.nn.Linear`.
@@ -202,6 +202,30 @@ impl Conv2d {
     }
 }
 
+/// A [`Conv2d`] whose output a GroupNorm reads.
+#[derive(Debug)]
+pub struct MapConv2d {
+    conv: Conv2d,
+    num_groups: i64,
+    kernels: Kernels,
+}
+
+impl MapConv2d {
+    /// The convolution, loaded from `weights`, before a GroupNorm of `num_groups`.
+    pub fn new(weights: &Weights<'_>, conv: Conv2d, num_groups: i64) -> Self {
+        Self { conv, num_groups, kernels: weights.kernels().clone() }
+    }
+
+    /// As [`Conv2d::forward`]. The norm's statistics are taken where the bias is a pass of its own anyway.
+    pub fn forward(&self, input: &Tensor) -> Result<FeatureMap, TchError> {
+        if !self.kernels.is_fused() {
+            return self.conv.forward(input).map(FeatureMap::from);
+        }
+        let map = self.conv.forward_without_bias(input)?;
+        self.kernels.add_bias_residual(map, Some(self.conv.bias()), None, self.num_groups)
+    }
+}
+
 /// `torch.nn.GroupNorm`.
 #[derive(Debug)]
 pub struct GroupNorm {
@@ -220,14 +244,19 @@ impl GroupNorm {
         Self { weight, bias, num_groups, eps, kernels: weights.kernels().clone() }
     }
 
-    /// `(batch_size, num_channels, …)` to the same shape.
-    pub fn forward(&self, input: &Tensor) -> Result<Tensor, TchError> {
-        self.kernels.group_norm(input, None, &self.parameters(false))
+    /// `(batch_size, num_channels, height, width)` to the same shape.
+    pub fn forward(&self, input: &FeatureMap) -> Result<Tensor, TchError> {
+        self.kernels.group_norm_of_map(input, &self.parameters(false))
     }
 
-    /// As [`Self::forward`], of `input` plus `addend` `(num_channels)` if there is one, followed by SiLU.
-    pub fn forward_silu(&self, input: &Tensor, addend: Option<&Tensor>) -> Result<Tensor, TchError> {
-        self.kernels.group_norm(input, addend, &self.parameters(true))
+    /// As [`Self::forward`], followed by SiLU.
+    pub fn forward_silu(&self, input: &FeatureMap) -> Result<Tensor, TchError> {
+        self.kernels.group_norm_of_map(input, &self.parameters(true))
+    }
+
+    /// As [`Self::forward_silu`], of `input` plus `addend` `(num_channels)`.
+    pub fn forward_silu_pending(&self, input: &Tensor, addend: &Tensor) -> Result<Tensor, TchError> {
+        self.kernels.group_norm(input, Some(addend), &self.parameters(true))
     }
 
     fn parameters(&self, silu: bool) -> GroupNormParameters<'_> {

@@ -1,6 +1,7 @@
 //! The kernels compiled for this CPU (`on_host.h`), behind the launcher's wall: geometry and arguments are the same code
 //! that a GPU gets.
 
+use std::collections::BTreeMap;
 use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
 use std::path::Path;
 use std::process::Command;
@@ -30,6 +31,8 @@ pub struct HostKernels {
     /// The order in which a block's threads take turns.
     reversed: bool,
     launches: AtomicUsize,
+    /// By what the kernel does.
+    by_operation: Mutex<BTreeMap<String, usize>>,
 }
 
 /// There is one set of fibers in the process.
@@ -41,7 +44,7 @@ impl HostKernels {
         static RUN: OnceLock<RunKernel> = OnceLock::new();
         let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels");
         let run = *RUN.get_or_init(|| compile(&sources, concat!(env!("CARGO_CRATE_NAME"), "_on_host.so")));
-        Arc::new(Self { run, reversed, launches: AtomicUsize::new(0) })
+        Arc::new(Self { run, reversed, launches: AtomicUsize::new(0), by_operation: Mutex::default() })
     }
 
     /// What layers compute with.
@@ -52,6 +55,12 @@ impl HostKernels {
     /// Kernels started so far.
     pub fn launches(&self) -> usize {
         self.launches.load(Ordering::Relaxed)
+    }
+
+    /// Of those, the kernels that do this, in whatever dtype and width.
+    pub fn launches_of(&self, operation: &str) -> usize {
+        let by_operation = self.by_operation.lock().unwrap_or_else(PoisonError::into_inner);
+        by_operation.get(operation).copied().unwrap_or(0)
     }
 }
 
@@ -126,6 +135,12 @@ impl Launch for HostKernels {
         }
         drop(turn);
         self.launches.fetch_add(1, Ordering::Relaxed);
+        // The name ends with dtype and width.
+        let name = call.kernel.to_string();
+        let operation = name.rsplitn(3, '_').last().unwrap_or_default().to_owned();
+        let mut by_operation = self.by_operation.lock().unwrap_or_else(PoisonError::into_inner);
+        *by_operation.entry(operation).or_default() += 1;
+        drop(by_operation);
         // SAFETY: the text ends with a zero, as the array began with zeros only and snprintf ends with one.
         let message = unsafe { CStr::from_ptr(message.as_ptr()) }.to_string_lossy();
         if message.is_empty() { Ok(()) } else { Err(TchError::Torch(message.into_owned())) }

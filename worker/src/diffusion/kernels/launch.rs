@@ -14,18 +14,20 @@ pub(super) enum Operation {
     LayerNorm,
     Geglu,
     AddBiasResidual,
+    CatChannels,
     LinearStep,
     Attention40,
     Attention80,
 }
 
 /// Every operation, in the order of the enum.
-const OPERATIONS: [(Operation, &str); 8] = [
+const OPERATIONS: [(Operation, &str); 9] = [
     (Operation::GroupNormStats, "group_norm_stats"),
     (Operation::GroupNormApply, "group_norm_apply"),
     (Operation::LayerNorm, "layer_norm"),
     (Operation::Geglu, "geglu"),
     (Operation::AddBiasResidual, "add_bias_residual"),
+    (Operation::CatChannels, "cat_channels"),
     (Operation::LinearStep, "linear_step"),
     (Operation::Attention40, "attention_40"),
     (Operation::Attention80, "attention_80"),

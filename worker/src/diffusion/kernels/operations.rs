@@ -6,6 +6,7 @@
 use tch::{Kind, TchError, Tensor};
 
 use super::super::device::ComputeDtype;
+use super::feature_map::Statistics;
 use super::launch::{Argument, Call, Kernel, Launch, Operation, wide};
 use super::{GroupNormParameters, LayerNormParameters, from_pixels, pixels};
 
@@ -32,7 +33,12 @@ const F32_BYTES: i64 = 4;
 
 /// The kernel that takes `tensors`, in rows of `channels`; `None` if they differ in dtype, are not where the launcher
 /// starts kernels, do not lie in one piece or have more values than an `int` counts.
-fn kernel(launcher: &dyn Launch, operation: Operation, tensors: &[&Tensor], channels: i64) -> Option<Kernel> {
+pub(super) fn kernel(
+    launcher: &dyn Launch,
+    operation: Operation,
+    tensors: &[&Tensor],
+    channels: i64,
+) -> Option<Kernel> {
     let kind = tensors.first()?.kind();
     let dtype = dtype_of(kind)?;
     let is_taken = |tensor: &&Tensor| {
@@ -124,7 +130,7 @@ impl Grid {
 
 /// How both passes of a GroupNorm are cut: the grid of the first, and the pixels of a block. `None` if a block would need
 /// more threads or memory than it can have.
-fn group_norm_grid(kernel_width: i64, sample: [i64; 2], batch_size: i64) -> Option<(Grid, i64)> {
+pub(super) fn group_norm_grid(kernel_width: i64, sample: [i64; 2], batch_size: i64) -> Option<(Grid, i64)> {
     let [num_pixels, channels] = sample;
     let columns = channels / kernel_width;
     let rows = (GROUP_NORM_THREADS / columns).max(1);
@@ -137,10 +143,11 @@ fn group_norm_grid(kernel_width: i64, sample: [i64; 2], batch_size: i64) -> Opti
     Some((Grid { blocks: [div_ceil(num_pixels, chunk), batch_size], threads, shared_bytes }, chunk))
 }
 
-/// See [`super::Kernels::group_norm`].
+/// See [`super::Kernels::group_norm`]. Without the first pass where there are `statistics` of `input`, which has no addend then.
 pub(super) fn group_norm(
     launcher: &dyn Launch,
     input: &Tensor,
+    statistics: Option<&Statistics>,
     addend: Option<&Tensor>,
     parameters: &GroupNormParameters<'_>,
 ) -> Result<Option<Tensor>, TchError> {
@@ -163,14 +170,19 @@ pub(super) fn group_norm(
     let Some((grid, chunk)) = group_norm_grid(stats.width(), [num_pixels, channels], batch_size) else {
         return Ok(None);
     };
-    let partials =
-        Tensor::f_empty([batch_size, num_groups, grid.blocks[0], 2], (Kind::Float, launcher.device()))?;
-
-    let read = [address(&input), address_or_null(addend), address(&partials)];
     let sizes = [int(num_pixels)?, int(channels)?, int(num_groups)?, int(chunk)?, int(addend_stride)?];
-    // SAFETY: the parameters of `group_norm_stats`; `kernel` has seen that the tensors lie in one piece on the device,
-    // and their shapes are those that the numbers say. Freed memory goes back to libtorch's pool for this stream.
-    unsafe { grid.launch(launcher, stats, &[&read[..], &sizes].concat())? };
+    let statistics = match statistics {
+        Some(known) if addend.is_none() && known.fit(num_groups, grid, chunk) => known.shallow_clone(),
+        _ => {
+            let statistics = Statistics::empty(launcher, num_groups, grid, chunk)?;
+            let read = [address(&input), address_or_null(addend), statistics.address()];
+            // SAFETY: the parameters of `group_norm_stats`; `kernel` has seen that the tensors lie in one piece on the device,
+            // and their shapes are those that the numbers say. Freed memory goes back to libtorch's pool for this stream.
+            unsafe { grid.launch(launcher, stats, &[&read[..], &sizes].concat())? };
+            statistics
+        }
+    };
+    let read = [address(&input), address_or_null(addend), statistics.address()];
     let written = [address(weight), address(bias), address(&output)];
     let settings = [Argument::Float(eps as f32), Argument::Int(i32::from(silu))];
     let apply = Kernel { operation: Operation::GroupNormApply, ..stats };
@@ -238,27 +250,4 @@ pub(super) fn geglu(
     // SAFETY: the parameters of `geglu`; otherwise as in `group_norm`.
     unsafe { Grid::flat(vectors).launch(launcher, kernel, &arguments)? };
     Ok(Some(output))
-}
-
-/// See [`super::Kernels::add_bias_residual`]; overwrites `sum` if it lies by pixels.
-pub(super) fn add_bias_residual(
-    launcher: &dyn Launch,
-    sum: &Tensor,
-    bias: &Tensor,
-    residual: &Tensor,
-) -> Result<Option<Tensor>, TchError> {
-    let [_, channels, _, _] = sum.size()[..] else { return Ok(None) };
-    if residual.size() != sum.size() {
-        return Ok(None);
-    }
-    let (sum, residual) = (pixels(sum)?.f_contiguous()?, pixels(residual)?.f_contiguous()?);
-    let tensors = [&sum, bias, &residual];
-    let Some(kernel) = kernel(launcher, Operation::AddBiasResidual, &tensors, channels) else {
-        return Ok(None);
-    };
-    let vectors = sum.numel() as i64 / kernel.width();
-    let arguments = [address(&sum), address(bias), address(&residual), int(vectors)?, int(channels)?];
-    // SAFETY: the parameters of `add_bias_residual`; otherwise as in `group_norm`. `sum` is the caller's own or a copy.
-    unsafe { Grid::flat(vectors).launch(launcher, kernel, &arguments)? };
-    from_pixels(&sum).map(Some)
 }

@@ -49,11 +49,17 @@ pub(super) fn geglu(input: &Tensor, bias: Option<&Tensor>) -> Result<Tensor, Tch
 
 /// See [`super::Kernels::add_bias_residual`].
 pub(super) fn add_bias_residual(
-    mut sum: Tensor,
-    bias: &Tensor,
-    residual: &Tensor,
+    mut map: Tensor,
+    bias: Option<&Tensor>,
+    residual: Option<&Tensor>,
 ) -> Result<Tensor, TchError> {
-    sum.f_add_(&over_pixels(bias)?)?.f_add_(residual)
+    if let Some(bias) = bias {
+        map = map.f_add_(&over_pixels(bias)?)?;
+    }
+    match residual {
+        Some(residual) => map.f_add_(residual),
+        None => Ok(map),
+    }
 }
 
 /// See [`super::Kernels::attention`].

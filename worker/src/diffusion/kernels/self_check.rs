@@ -66,23 +66,38 @@ pub fn self_check(kernels: &Kernels, dtype: ComputeDtype) -> Result<(), SelfChec
     let (weight, bias, addend) = (values(&[320], 0.2)?, values(&[320], 0.3)?, values(&[320], 0.4)?);
     let (wide_weight, wide_bias) = (float(&weight)?, float(&bias)?);
     let norm = GroupNormParameters { weight: &weight, bias: &bias, num_groups: 32, eps: EPS, silu: true };
-    let expected = GroupNormParameters { weight: &wide_weight, bias: &wide_bias, ..norm };
-    let expected = plain::group_norm(&float(&map)?, Some(&float(&addend)?), &expected)?;
+    let wide_norm = GroupNormParameters { weight: &wide_weight, bias: &wide_bias, ..norm };
+    let expected = plain::group_norm(&float(&map)?, Some(&float(&addend)?), &wide_norm)?;
     compare("group_norm", &kernels.group_norm(&map, Some(&addend), &norm)?, &expected)?;
 
     let rows = values(&[3, 5, 320], 0.5)?;
-    let norm = LayerNormParameters { weight: &weight, bias: &bias, eps: EPS };
-    let expected = LayerNormParameters { weight: &wide_weight, bias: &wide_bias, ..norm };
+    let layer = LayerNormParameters { weight: &weight, bias: &bias, eps: EPS };
+    let expected = LayerNormParameters { weight: &wide_weight, bias: &wide_bias, ..layer };
     let expected = plain::layer_norm(&float(&rows)?, Some(&float(&addend)?), &expected)?;
-    compare("layer_norm", &kernels.layer_norm(&rows, Some(&addend), &norm)?, &expected)?;
+    compare("layer_norm", &kernels.layer_norm(&rows, Some(&addend), &layer)?, &expected)?;
 
     let half = values(&[160], 0.6)?;
     let halves = Tensor::f_cat(&[&half, &half], 0)?;
     let expected = plain::geglu(&float(&rows)?, Some(&float(&halves)?))?;
     compare("geglu", &kernels.geglu(&rows, Some(&halves))?, &expected)?;
 
-    let expected = plain::add_bias_residual(float(&map)?.f_mul_scalar(1.0)?, &wide_bias, &float(&residual)?)?;
-    compare("add_bias_residual", &kernels.add_bias_residual(map, &bias, &residual)?, &expected)?;
+    let groups = norm.num_groups;
+    let expected = plain::add_bias_residual(
+        float(&map)?.f_mul_scalar(1.0)?,
+        Some(&wide_bias),
+        Some(&float(&residual)?),
+    )?;
+    let sum = kernels.add_bias_residual(map.shallow_clone(), Some(&bias), Some(&residual), groups)?;
+    compare("add_bias_residual", sum.tensor(), &expected)?;
+    // What the map was written with has to be right for the norm after it, too.
+    let expected = plain::group_norm(&float(sum.tensor())?, None, &wide_norm)?;
+    compare("add_bias_residual's statistics", &kernels.group_norm_of_map(&sum, &norm)?, &expected)?;
+
+    let (first, second) = (map.f_narrow(1, 0, 200)?, residual.f_narrow(1, 0, 120)?);
+    let both = kernels.cat_channels(&first, &second, groups)?;
+    compare("cat_channels", both.tensor(), &float(&Tensor::f_cat(&[&first, &second], 1)?)?)?;
+    let expected = plain::group_norm(&float(both.tensor())?, None, &wide_norm)?;
+    compare("cat_channels' statistics", &kernels.group_norm_of_map(&both, &norm)?, &expected)?;
 
     for head_dim in [40, 80].into_iter().filter(|&head_dim| kernels.attends(dtype.to_tch(), head_dim)) {
         // As one product gives them, and neither queries nor keys fill their last tile.

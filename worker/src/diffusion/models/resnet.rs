@@ -3,8 +3,8 @@
 
 use tch::{TchError, Tensor};
 
-use super::super::kernels::Kernels;
-use super::super::nn::{Conv2d, GroupNorm, Linear, PointwiseConv};
+use super::super::kernels::{FeatureMap, Kernels};
+use super::super::nn::{Conv2d, GroupNorm, Linear, MapConv2d, PointwiseConv};
 use super::super::weights::Weights;
 
 /// What a residual block is made from.
@@ -30,6 +30,7 @@ pub struct ResnetBlock2D {
     conv2: Conv2d,
     /// Where the second convolution's bias is left to the shortcut, it is in here.
     conv_shortcut: Option<PointwiseConv>,
+    groups: i64,
     output_scale_factor: f64,
     kernels: Kernels,
 }
@@ -46,6 +47,7 @@ impl ResnetBlock2D {
             norm2: GroupNorm::load(&(weights / "norm2"), groups, out_channels, eps),
             conv2: Conv2d::load(&(weights / "conv2"), out_channels, out_channels, 3),
             conv_shortcut: None,
+            groups,
             output_scale_factor,
             kernels: weights.kernels().clone(),
         };
@@ -73,46 +75,57 @@ impl ResnetBlock2D {
         }
     }
 
+    /// The input of an up block's ResNet: the channels of `hidden_states` and then those of the skip connection `res_sample`.
+    pub fn join(&self, hidden_states: &Tensor, res_sample: &Tensor) -> Result<FeatureMap, TchError> {
+        self.kernels.cat_channels(hidden_states, res_sample, self.groups)
+    }
+
     /// `(batch_size, in_channels, height, width)` to `(batch_size, out_channels, height, width)`. `time_bias` is
     /// one of [`Self::time_biases`]; `None` is without a time embedding.
-    pub fn forward(&self, input: &Tensor, time_bias: Option<&Tensor>) -> Result<Tensor, TchError> {
+    pub fn forward(&self, input: &FeatureMap, time_bias: Option<&Tensor>) -> Result<FeatureMap, TchError> {
         let time_bias = time_bias.unwrap_or_else(|| self.conv1.bias());
-        let normalized = self.norm1.forward_silu(input, None)?;
+        let normalized = self.norm1.forward_silu(input)?;
         let is_fused = self.kernels.is_fused();
-        let mut hidden_states = if is_fused {
+        let hidden_states = if is_fused {
             // The biases come in where the next operation reads its input anyway.
             let hidden_states = self.conv1.forward_without_bias(&normalized)?;
-            self.conv2.forward_without_bias(&self.norm2.forward_silu(&hidden_states, Some(time_bias))?)?
+            let normalized = self.norm2.forward_silu_pending(&hidden_states, time_bias)?;
+            self.conv2.forward_without_bias(&normalized)?
         } else {
             let hidden_states = self.conv1.forward_with_bias(&normalized, time_bias)?;
-            self.conv2.forward(&self.norm2.forward_silu(&hidden_states, None)?)?
+            self.conv2.forward(&self.norm2.forward_silu(&hidden_states.into())?)?
         };
-        let mut output = match &self.conv_shortcut {
-            Some(conv_shortcut) => hidden_states.f_add_(&conv_shortcut.forward(input)?)?,
-            None if is_fused => self.kernels.add_bias_residual(hidden_states, self.conv2.bias(), input)?,
-            None => hidden_states.f_add_(input)?,
+        let (bias, residual) = match &self.conv_shortcut {
+            Some(conv_shortcut) => (None, conv_shortcut.forward(input.tensor())?),
+            None => (is_fused.then(|| self.conv2.bias()), input.tensor().shallow_clone()),
         };
+        let output = self.kernels.add_bias_residual(hidden_states, bias, Some(&residual), self.groups)?;
         if self.output_scale_factor == 1.0 {
             return Ok(output);
         }
-        output.f_div_scalar_(self.output_scale_factor)
+        output.into_tensor().f_div_scalar_(self.output_scale_factor).map(FeatureMap::from)
     }
 }
 
 /// Nearest-neighbour doubling, then a convolution: `Upsample2D`.
 #[derive(Debug)]
 pub struct Upsample2D {
-    conv: Conv2d,
+    conv: MapConv2d,
 }
 
 impl Upsample2D {
-    /// An upsampler that keeps the number of channels.
-    pub fn load(weights: &Weights<'_>, channels: i64) -> Self {
-        Self { conv: Conv2d::load(&(weights / "conv"), channels, channels, 3) }
+    /// An upsampler that keeps the number of channels, before norms of `groups`.
+    pub fn load(weights: &Weights<'_>, channels: i64, groups: i64) -> Self {
+        let weights = weights / "conv";
+        Self { conv: MapConv2d::new(&weights, Conv2d::load(&weights, channels, channels, 3), groups) }
     }
 
     /// `(batch_size, channels, height, width)` to twice the height and width, or to `output_size` (height, width).
-    pub fn forward(&self, hidden_states: &Tensor, output_size: Option<[i64; 2]>) -> Result<Tensor, TchError> {
+    pub fn forward(
+        &self,
+        hidden_states: &Tensor,
+        output_size: Option<[i64; 2]>,
+    ) -> Result<FeatureMap, TchError> {
         let upsampled = match output_size {
             Some(output_size) => hidden_states.f_upsample_nearest2d(output_size, None, None)?,
             None => {
@@ -127,17 +140,18 @@ impl Upsample2D {
 /// A convolution of stride 2: `Downsample2D`.
 #[derive(Debug)]
 pub struct Downsample2D {
-    conv: Conv2d,
+    conv: MapConv2d,
 }
 
 impl Downsample2D {
-    /// A downsampler that keeps the number of channels.
-    pub fn load(weights: &Weights<'_>, channels: i64) -> Self {
-        Self { conv: Conv2d::downsampling(&(weights / "conv"), channels) }
+    /// A downsampler that keeps the number of channels, before norms of `groups`.
+    pub fn load(weights: &Weights<'_>, channels: i64, groups: i64) -> Self {
+        let weights = weights / "conv";
+        Self { conv: MapConv2d::new(&weights, Conv2d::downsampling(&weights, channels), groups) }
     }
 
     /// `(batch_size, channels, height, width)` to half the height and width, rounded up.
-    pub fn forward(&self, hidden_states: &Tensor) -> Result<Tensor, TchError> {
+    pub fn forward(&self, hidden_states: &Tensor) -> Result<FeatureMap, TchError> {
         self.conv.forward(hidden_states)
     }
 }

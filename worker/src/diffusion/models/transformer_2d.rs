@@ -2,7 +2,7 @@
 
 use tch::{TchError, Tensor};
 
-use super::super::kernels::Kernels;
+use super::super::kernels::{FeatureMap, Kernels};
 use super::super::nn::{GroupNorm, Linear};
 use super::super::weights::Weights;
 use super::attention::{BasicTransformerBlock, KeyValue, with_rows};
@@ -34,6 +34,7 @@ pub struct Transformer2DModel {
     transformer_blocks: Vec<BasicTransformerBlock>,
     /// Where the blocks leave their biases to it, what it makes of them is in its own.
     proj_out: Linear,
+    norm_num_groups: i64,
     kernels: Kernels,
 }
 
@@ -64,6 +65,7 @@ impl Transformer2DModel {
                 })
                 .collect(),
             proj_out: projection("proj_out"),
+            norm_num_groups: config.norm_num_groups,
             kernels: weights.kernels().clone(),
         };
         if transformer.kernels.is_fused() {
@@ -85,9 +87,10 @@ impl Transformer2DModel {
 
     /// `(batch_size, channels, height, width)` to the same shape. Attends to `text`, one for each block, or to itself
     /// where there is none. With twice the rows in `text`, the output has as many: see [`BasicTransformerBlock::forward`].
-    pub fn forward(&self, hidden_states: &Tensor, text: &[KeyValue]) -> Result<Tensor, TchError> {
-        let (batch_size, channels, height, width) = hidden_states.size4()?;
-        let normalized = self.norm.forward(hidden_states)?;
+    /// May overwrite `hidden_states`.
+    pub fn forward(&self, hidden_states: FeatureMap, text: &[KeyValue]) -> Result<FeatureMap, TchError> {
+        let (batch_size, channels, height, width) = hidden_states.tensor().size4()?;
+        let normalized = self.norm.forward(&hidden_states)?;
         let sequence =
             normalized.f_permute([0, 2, 3, 1])?.f_reshape([batch_size, height * width, channels])?;
         let mut sequence = self.proj_in.forward(&sequence)?;
@@ -100,7 +103,7 @@ impl Transformer2DModel {
         }
         let projected = self.proj_out.forward(&sequence)?;
         let map = projected.f_view([-1, height, width, channels])?.f_permute([0, 3, 1, 2])?;
-        // In this order, as the sum is laid out in memory like its first term.
-        with_rows(hidden_states, text.first().map(KeyValue::num_rows))?.f_add(&map)
+        let hidden_states = with_rows(hidden_states.tensor(), text.first().map(KeyValue::num_rows))?;
+        self.kernels.add_bias_residual(hidden_states, None, Some(&map), self.norm_num_groups)
     }
 }

@@ -5,9 +5,12 @@
 //! ResNet, and by [`Layers::project_text`] from `encoder_hidden_states`, of shape
 //! `(batch_size, text_length, cross_attention_dim)`, one list for each transformer; without any, transformers attend to
 //! themselves.
+//!
+//! What a GroupNorm reads next is handed on as a [`FeatureMap`], with the norm's statistics where a kernel has taken them.
 
 use tch::{TchError, Tensor};
 
+use super::super::kernels::{FeatureMap, Kernels};
 use super::super::nn::GroupNorm;
 use super::super::weights::Weights;
 use super::attention::{KeyValue, SelfAttention};
@@ -39,7 +42,9 @@ impl DownBlockConfig {
     }
 
     fn downsampler(&self, weights: &Weights<'_>) -> Option<Downsample2D> {
-        self.add_downsample.then(|| Downsample2D::load(&(weights / "downsamplers" / 0), self.out_channels))
+        self.add_downsample.then(|| {
+            Downsample2D::load(&(weights / "downsamplers" / 0), self.out_channels, self.resnet.groups)
+        })
     }
 }
 
@@ -75,7 +80,8 @@ impl UpBlockConfig {
     }
 
     fn upsampler(&self, weights: &Weights<'_>) -> Option<Upsample2D> {
-        self.add_upsample.then(|| Upsample2D::load(&(weights / "upsamplers" / 0), self.out_channels))
+        self.add_upsample
+            .then(|| Upsample2D::load(&(weights / "upsamplers" / 0), self.out_channels, self.resnet.groups))
     }
 }
 
@@ -147,11 +153,11 @@ impl DownBlock {
     /// one for the downsampler.
     pub fn forward(
         &self,
-        hidden_states: &Tensor,
+        hidden_states: &FeatureMap,
         time: &[Tensor],
         text: &[Vec<KeyValue>],
         res_samples: &mut Vec<Tensor>,
-    ) -> Result<Tensor, TchError> {
+    ) -> Result<FeatureMap, TchError> {
         match self {
             Self::CrossAttn(block) => block.forward(hidden_states, time, text, res_samples),
             Self::Plain(block) => block.forward(hidden_states, time, res_samples),
@@ -175,14 +181,14 @@ impl DownBlock2D {
     /// See [`DownBlock::forward`].
     pub fn forward(
         &self,
-        hidden_states: &Tensor,
+        hidden_states: &FeatureMap,
         time: &[Tensor],
         res_samples: &mut Vec<Tensor>,
-    ) -> Result<Tensor, TchError> {
+    ) -> Result<FeatureMap, TchError> {
         let mut hidden_states = hidden_states.shallow_clone();
         for (i, resnet) in self.resnets.iter().enumerate() {
             hidden_states = resnet.forward(&hidden_states, time.get(i))?;
-            res_samples.push(hidden_states.shallow_clone());
+            res_samples.push(hidden_states.tensor().shallow_clone());
         }
         downsample(self.downsampler.as_ref(), hidden_states, res_samples)
     }
@@ -209,16 +215,16 @@ impl CrossAttnDownBlock2D {
     /// See [`DownBlock::forward`].
     pub fn forward(
         &self,
-        hidden_states: &Tensor,
+        hidden_states: &FeatureMap,
         time: &[Tensor],
         text: &[Vec<KeyValue>],
         res_samples: &mut Vec<Tensor>,
-    ) -> Result<Tensor, TchError> {
+    ) -> Result<FeatureMap, TchError> {
         let mut hidden_states = hidden_states.shallow_clone();
         for (i, (resnet, attention)) in self.resnets.iter().zip(&self.attentions).enumerate() {
             hidden_states = resnet.forward(&hidden_states, time.get(i))?;
-            hidden_states = attention.forward(&hidden_states, text_of(text, i))?;
-            res_samples.push(hidden_states.shallow_clone());
+            hidden_states = attention.forward(hidden_states, text_of(text, i))?;
+            res_samples.push(hidden_states.tensor().shallow_clone());
         }
         downsample(self.downsampler.as_ref(), hidden_states, res_samples)
     }
@@ -227,12 +233,12 @@ impl CrossAttnDownBlock2D {
 /// The end of a down block.
 fn downsample(
     downsampler: Option<&Downsample2D>,
-    hidden_states: Tensor,
+    hidden_states: FeatureMap,
     res_samples: &mut Vec<Tensor>,
-) -> Result<Tensor, TchError> {
+) -> Result<FeatureMap, TchError> {
     let Some(downsampler) = downsampler else { return Ok(hidden_states) };
-    let hidden_states = downsampler.forward(&hidden_states)?;
-    res_samples.push(hidden_states.shallow_clone());
+    let hidden_states = downsampler.forward(hidden_states.tensor())?;
+    res_samples.push(hidden_states.tensor().shallow_clone());
     Ok(hidden_states)
 }
 
@@ -266,13 +272,13 @@ impl UNetMidBlock2DCrossAttn {
     /// Keeps the shape of `hidden_states`.
     pub fn forward(
         &self,
-        hidden_states: &Tensor,
+        hidden_states: &FeatureMap,
         time: &[Tensor],
         text: &[Vec<KeyValue>],
-    ) -> Result<Tensor, TchError> {
+    ) -> Result<FeatureMap, TchError> {
         let [first, second] = &self.resnets;
         let hidden_states = first.forward(hidden_states, time.first())?;
-        let hidden_states = self.attention.forward(&hidden_states, text_of(text, 0))?;
+        let hidden_states = self.attention.forward(hidden_states, text_of(text, 0))?;
         second.forward(&hidden_states, time.get(1))
     }
 }
@@ -282,6 +288,8 @@ impl UNetMidBlock2DCrossAttn {
 pub struct UNetMidBlock2D {
     resnets: [ResnetBlock2D; 2],
     attention: Option<(GroupNorm, SelfAttention)>,
+    groups: i64,
+    kernels: Kernels,
 }
 
 impl UNetMidBlock2D {
@@ -302,6 +310,8 @@ impl UNetMidBlock2D {
                     SelfAttention::load_with_bias(&attention, channels, heads),
                 )
             }),
+            groups: resnet.groups,
+            kernels: weights.kernels().clone(),
         }
     }
 
@@ -311,15 +321,16 @@ impl UNetMidBlock2D {
     }
 
     /// Keeps the shape of `hidden_states`. `time` is empty in the VAE.
-    pub fn forward(&self, hidden_states: &Tensor, time: &[Tensor]) -> Result<Tensor, TchError> {
+    pub fn forward(&self, hidden_states: &FeatureMap, time: &[Tensor]) -> Result<FeatureMap, TchError> {
         let [first, second] = &self.resnets;
         let mut hidden_states = first.forward(hidden_states, time.first())?;
         if let Some((group_norm, attention)) = &self.attention {
-            let (batch_size, channels, height, width) = hidden_states.size4()?;
+            let (batch_size, channels, height, width) = hidden_states.tensor().size4()?;
             let sequence = group_norm.forward(&hidden_states)?.f_flatten(2, 3)?.f_transpose(1, 2)?;
             let attended = attention.forward(&sequence)?.f_transpose(1, 2)?;
             let attended = attended.f_reshape([batch_size, channels, height, width])?;
-            hidden_states = hidden_states.f_add_(&attended)?;
+            let residual = hidden_states.into_tensor();
+            hidden_states = self.kernels.add_bias_residual(residual, None, Some(&attended), self.groups)?;
         }
         second.forward(&hidden_states, time.get(1))
     }
@@ -356,14 +367,14 @@ impl UpBlock {
         time: &[Tensor],
         res_sample: &Tensor,
         text: &[Vec<KeyValue>],
-    ) -> Result<Tensor, TchError> {
+    ) -> Result<FeatureMap, TchError> {
         let Layers { resnets, attentions } = self.layers();
-        let mut hidden_states = Tensor::f_cat(&[hidden_states, res_sample], 1)?;
-        if let Some(resnet) = resnets.last() {
-            hidden_states = resnet.forward(&hidden_states, time.last())?;
-        }
+        let hidden_states = match resnets.last() {
+            Some(resnet) => resnet.forward(&resnet.join(hidden_states, res_sample)?, time.last())?,
+            None => Tensor::f_cat(&[hidden_states, res_sample], 1)?.into(),
+        };
         match attentions.last() {
-            Some(attention) => attention.forward(&hidden_states, text_of(text, attentions.len() - 1)),
+            Some(attention) => attention.forward(hidden_states, text_of(text, attentions.len() - 1)),
             None => Ok(hidden_states),
         }
     }
@@ -409,7 +420,8 @@ impl UpBlock2D {
     ) -> Result<Tensor, TchError> {
         let mut hidden_states = hidden_states.shallow_clone();
         for (i, (resnet, res_sample)) in self.resnets.iter().zip(res_samples.into_iter().rev()).enumerate() {
-            hidden_states = resnet.forward(&Tensor::f_cat(&[hidden_states, res_sample], 1)?, time.get(i))?;
+            let joined = resnet.join(&hidden_states, &res_sample)?;
+            hidden_states = resnet.forward(&joined, time.get(i))?.into_tensor();
         }
         upsample(self.upsampler.as_ref(), hidden_states, upsample_size)
     }
@@ -445,21 +457,22 @@ impl CrossAttnUpBlock2D {
         let mut hidden_states = hidden_states.shallow_clone();
         let layers = self.resnets.iter().zip(&self.attentions);
         for (i, ((resnet, attention), res_sample)) in layers.zip(res_samples.into_iter().rev()).enumerate() {
-            hidden_states = resnet.forward(&Tensor::f_cat(&[hidden_states, res_sample], 1)?, time.get(i))?;
-            hidden_states = attention.forward(&hidden_states, text_of(text, i))?;
+            let joined = resnet.join(&hidden_states, &res_sample)?;
+            let resolved = resnet.forward(&joined, time.get(i))?;
+            hidden_states = attention.forward(resolved, text_of(text, i))?.into_tensor();
         }
         upsample(self.upsampler.as_ref(), hidden_states, upsample_size)
     }
 }
 
 /// The end of an up block.
-pub(super) fn upsample(
+fn upsample(
     upsampler: Option<&Upsample2D>,
     hidden_states: Tensor,
     upsample_size: Option<[i64; 2]>,
 ) -> Result<Tensor, TchError> {
     match upsampler {
-        Some(upsampler) => upsampler.forward(&hidden_states, upsample_size),
+        Some(upsampler) => Ok(upsampler.forward(&hidden_states, upsample_size)?.into_tensor()),
         None => Ok(hidden_states),
     }
 }

@@ -5,7 +5,8 @@ use std::mem;
 
 use tch::{Kind, TchError, Tensor};
 
-use super::super::nn::{Conv2d, GroupNorm};
+use super::super::kernels::FeatureMap;
+use super::super::nn::{Conv2d, GroupNorm, MapConv2d};
 use super::super::weights::Weights;
 use super::attention::{KeyValue, with_rows};
 use super::embeddings::{TimestepEmbedding, Timesteps};
@@ -23,7 +24,7 @@ pub struct UNet2DConditionModel {
     center_input_sample: bool,
     time_proj: Timesteps,
     time_embedding: TimestepEmbedding,
-    conv_in: Conv2d,
+    conv_in: MapConv2d,
     down_blocks: Vec<DownBlock>,
     mid_block: UNetMidBlock2DCrossAttn,
     up_blocks: Vec<UpBlock>,
@@ -129,6 +130,8 @@ impl UNet2DConditionModel {
     /// Takes the tensors that `config` asks for.
     pub fn load(weights: &Weights<'_>, config: &UNet2DConditionConfig) -> Result<Self, TchError> {
         let first_channels = config.block_out_channels[0];
+        let conv_in = weights / "conv_in";
+        let first_conv = Conv2d::load(&conv_in, config.in_channels, first_channels, 3);
         Ok(Self {
             center_input_sample: config.center_input_sample,
             time_proj: Timesteps::new(
@@ -142,7 +145,7 @@ impl UNet2DConditionModel {
                 first_channels,
                 config.time_embed_dim,
             ),
-            conv_in: Conv2d::load(&(weights / "conv_in"), config.in_channels, first_channels, 3),
+            conv_in: MapConv2d::new(&conv_in, first_conv, config.norm_num_groups),
             down_blocks: load_down_blocks(&(weights / "down_blocks"), config),
             mid_block: load_mid_block(&(weights / "mid_block"), config),
             up_blocks: load_up_blocks(&(weights / "up_blocks"), config),
@@ -202,7 +205,7 @@ impl UNet2DConditionModel {
     pub fn forward(&self, sample: &Tensor, time: &UNetTime, text: &UNetText) -> Result<Tensor, TchError> {
         let first = self.conv_in(sample, text)?;
         let deep = self.forward_deep(&first, time, text)?;
-        self.forward_outermost(&first, &deep, time, text)
+        self.forward_outermost(first.tensor(), &deep, time, text)
     }
 
     /// As [`Self::forward`], and what all layers but the outermost made, for [`Self::forward_cached`].
@@ -214,7 +217,7 @@ impl UNet2DConditionModel {
     ) -> Result<(Tensor, Tensor), TchError> {
         let first = self.conv_in(sample, text)?;
         let deep = self.forward_deep(&first, time, text)?;
-        Ok((self.forward_outermost(&first, &deep, time, text)?, deep))
+        Ok((self.forward_outermost(first.tensor(), &deep, time, text)?, deep))
     }
 
     /// As [`Self::forward`], with what all layers but the outermost made of an earlier `sample` of the same shape.
@@ -225,12 +228,12 @@ impl UNet2DConditionModel {
         time: &UNetTime,
         text: &UNetText,
     ) -> Result<Tensor, TchError> {
-        self.forward_outermost(&self.conv_in(sample, text)?, deep, time, text)
+        self.forward_outermost(self.conv_in(sample, text)?.tensor(), deep, time, text)
     }
 
     /// The first convolution; a row for each of `sample`, even where there are two texts for it, if the next layers can do
     /// with that.
-    fn conv_in(&self, sample: &Tensor, text: &UNetText) -> Result<Tensor, TchError> {
+    fn conv_in(&self, sample: &Tensor, text: &UNetText) -> Result<FeatureMap, TchError> {
         let first = if self.center_input_sample {
             self.conv_in.forward(&sample.f_mul_scalar(2.0)?.f_sub_scalar(1.0)?)?
         } else {
@@ -238,7 +241,7 @@ impl UNet2DConditionModel {
         };
         match self.down_blocks.first() {
             Some(DownBlock::CrossAttn(_)) => Ok(first),
-            _ => with_rows(&first, text.num_rows()),
+            _ => first.with_samples(|rows| with_rows(rows, text.num_rows())),
         }
     }
 
@@ -255,24 +258,24 @@ impl UNet2DConditionModel {
             (Some(block), Some(time), Some(text)) => {
                 block.forward_last(deep, time, &with_rows(first, deep.size().first().copied())?, text)?
             }
-            _ => deep.shallow_clone(),
+            _ => deep.shallow_clone().into(),
         };
-        self.conv_out.forward(&self.conv_norm_out.forward_silu(&hidden_states, None)?)
+        self.conv_out.forward(&self.conv_norm_out.forward_silu(&hidden_states)?)
     }
 
     /// Everything between [`Self::conv_in`] and [`Self::forward_outermost`].
-    fn forward_deep(&self, first: &Tensor, time: &UNetTime, text: &UNetText) -> Result<Tensor, TchError> {
-        let (_, _, height, width) = first.size4()?;
+    fn forward_deep(&self, first: &FeatureMap, time: &UNetTime, text: &UNetText) -> Result<Tensor, TchError> {
+        let (_, _, height, width) = first.tensor().size4()?;
         let upsample_factor = 1 << (self.up_blocks.len() - 1);
         let forward_upsample_size = height % upsample_factor != 0 || width % upsample_factor != 0;
 
         let mut hidden_states = first.shallow_clone();
-        let mut res_samples = vec![first.shallow_clone()];
+        let mut res_samples = vec![first.tensor().shallow_clone()];
         for (block, (time, text)) in self.down_blocks.iter().zip(time.down.iter().zip(&text.down)) {
             hidden_states = block.forward(&hidden_states, time, text, &mut res_samples)?;
         }
 
-        hidden_states = self.mid_block.forward(&hidden_states, &time.mid, &text.mid)?;
+        let mut hidden_states = self.mid_block.forward(&hidden_states, &time.mid, &text.mid)?.into_tensor();
 
         for (block, (time, text)) in self.up_blocks.iter().zip(time.up.iter().zip(&text.up)) {
             // The first of all is left for the outermost layer.

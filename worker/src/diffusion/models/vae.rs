@@ -2,11 +2,12 @@
 
 use tch::{TchError, Tensor};
 
-use super::super::nn::{Conv2d, GroupNorm};
+use super::super::kernels::FeatureMap;
+use super::super::nn::{Conv2d, GroupNorm, MapConv2d};
 use super::super::weights::Weights;
 use super::autoencoder_kl::AutoencoderKLConfig;
 use super::resnet::{ResnetBlock2D, ResnetConfig, Upsample2D};
-use super::unet_2d_blocks::{UNetMidBlock2D, upsample};
+use super::unet_2d_blocks::UNetMidBlock2D;
 
 /// Epsilon of all GroupNorms in the VAE (`resnet_eps` in diffusers' `Decoder`).
 const NORM_EPS: f64 = 1e-6;
@@ -17,7 +18,7 @@ const ATTENTION_HEADS: i64 = 1;
 /// `Decoder`.
 #[derive(Debug)]
 pub struct Decoder {
-    conv_in: Conv2d,
+    conv_in: MapConv2d,
     mid_block: UNetMidBlock2D,
     up_blocks: Vec<UpDecoderBlock2D>,
     conv_norm_out: GroupNorm,
@@ -49,8 +50,10 @@ impl Decoder {
                 &resnet,
             )
         };
+        let conv_in = weights / "conv_in";
+        let first_conv = Conv2d::load(&conv_in, config.latent_channels, first, 3);
         Self {
-            conv_in: Conv2d::load(&(weights / "conv_in"), config.latent_channels, first, 3),
+            conv_in: MapConv2d::new(&conv_in, first_conv, config.norm_num_groups),
             mid_block: UNetMidBlock2D::load(
                 &(weights / "mid_block"),
                 first,
@@ -75,7 +78,7 @@ impl Decoder {
         for block in &self.up_blocks {
             hidden_states = block.forward(&hidden_states)?;
         }
-        self.conv_out.forward(&self.conv_norm_out.forward_silu(&hidden_states, None)?)
+        self.conv_out.forward(&self.conv_norm_out.forward_silu(&hidden_states)?)
     }
 }
 
@@ -102,16 +105,20 @@ impl UpDecoderBlock2D {
             resnets: (0..num_layers)
                 .map(|i| ResnetBlock2D::load(&(&resnets / i), resnet_in_channels(i), out_channels, resnet))
                 .collect(),
-            upsampler: add_upsample.then(|| Upsample2D::load(&(weights / "upsamplers" / 0), out_channels)),
+            upsampler: add_upsample
+                .then(|| Upsample2D::load(&(weights / "upsamplers" / 0), out_channels, resnet.groups)),
         }
     }
 
     /// `(batch_size, in_channels, height, width)` to `out_channels`, and to twice the size with an upsampler.
-    pub fn forward(&self, hidden_states: &Tensor) -> Result<Tensor, TchError> {
+    pub fn forward(&self, hidden_states: &FeatureMap) -> Result<FeatureMap, TchError> {
         let mut hidden_states = hidden_states.shallow_clone();
         for resnet in &self.resnets {
             hidden_states = resnet.forward(&hidden_states, None)?;
         }
-        upsample(self.upsampler.as_ref(), hidden_states, None)
+        match &self.upsampler {
+            Some(upsampler) => upsampler.forward(hidden_states.tensor(), None),
+            None => Ok(hidden_states),
+        }
     }
 }
