@@ -30,6 +30,8 @@ pub const PATIENCE: Duration = Duration::from_secs(60);
 pub enum Event {
     Claimed(Vec<u32>),
     Called(Vec<u32>),
+    Denoised(Vec<u32>),
+    Finishing(Vec<u32>),
     Stored(u32),
     StoreFailed,
     Completed(Vec<u32>),
@@ -174,7 +176,7 @@ impl WorkerUnderTest {
     }
 
     pub async fn start(&mut self, pipeline: impl FnOnce() -> Box<dyn Pipeline> + Send + 'static) {
-        let engine = Engine::load(Box::new(move || Ok(pipeline())), self.trace.clone())
+        let engine = Engine::load(Box::new(move || Ok(pipeline())), crate::LANES, self.trace.clone())
             .await
             .expect("the pipeline loads");
         let settings = RunSettings {
