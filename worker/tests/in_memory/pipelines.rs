@@ -1,4 +1,5 @@
 //! Pipelines that do what a test needs at the moment it needs it.
+#![allow(dead_code, reason = "each test program uses its own part of this")]
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -66,7 +67,9 @@ impl Pipeline for ScriptedPipeline {
         let (finish, log) = (self.finish.clone(), self.log.clone());
         let finish = move |control: &mut Control| {
             log.push(Event::Finishing(seeds.clone()));
-            finish(&seeds, control)?;
+            let finished = finish(&seeds, control);
+            log.push(Event::FinishEnded(seeds));
+            finished?;
             Ok(Generated { pictures, times: StageTimes::default() })
         };
         Ok(Denoised { times: StageTimes::default(), finish: Box::new(finish) })
