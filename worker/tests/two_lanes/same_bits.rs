@@ -10,7 +10,7 @@ use crate::golden::F32;
 use crate::worker_under_test::{Setup, WorkerUnderTest};
 
 const MICROBATCH: usize = 3;
-const JOBS: u32 = 9;
+const JOBS: u32 = 6;
 
 /// What a worker stored of each job: its pixels, unless it is flagged, and the checker's scores.
 async fn drawn(checkpoint: &Checkpoint, lanes: Lanes, batching: Batching) -> Vec<(Vec<u8>, String)> {
