@@ -99,7 +99,7 @@ pub struct Config {
     )]
     pub graph: Switch,
     /// Decode and check one microbatch while the next is denoised, by a second thread and, on a GPU, on a second stream. Pictures
-    /// are the same. It takes a GPU's memory for both at once (2 GiB more at 512x512 in 16 bits); on a CPU the two share
+    /// are the same. It takes memory for both at once; on a CPU the two share
     /// its cores. Not measured on a GPU yet, so off by itself.
     #[arg(
         long,

@@ -68,6 +68,9 @@ pub struct EngineFingerprint {
     pub kernels: String,
     /// Pictures that were computed at once, made-up ones included.
     pub batch_size: usize,
+    /// Pictures that were decoded at once, at most.
+    #[serde(default)]
+    pub decode_size: usize,
 }
 
 /// What became of one picture of a call.

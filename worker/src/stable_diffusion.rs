@@ -40,7 +40,7 @@ pub struct StableDiffusionPipeline {
     model: diffusion::StableDiffusionPipeline,
     identity: PipelineIdentity,
     folder: PathBuf,
-    /// What computes, where bits depend on it; the batch size is each call's.
+    /// What computes, where bits depend on it; the sizes are each call's.
     fingerprint: Option<EngineFingerprint>,
 }
 
@@ -154,7 +154,8 @@ fn fingerprint(device: ComputeDevice, kernels: String) -> Option<EngineFingerpri
         Ok(Gpu { name, driver, cudnn }) => (name, driver, cudnn),
         Err(_) => (unknown(), unknown(), unknown()),
     };
-    Some(EngineFingerprint { gpu, driver, torch: TORCH_VERSION.to_owned(), cudnn, kernels, batch_size: 0 })
+    let torch = TORCH_VERSION.to_owned();
+    Some(EngineFingerprint { gpu, driver, torch, cudnn, kernels, batch_size: 0, decode_size: 0 })
 }
 
 fn request(spec: &ValidJobSpec) -> ImageRequest {

@@ -35,7 +35,7 @@ impl Finishing {
             Verdict::Stop => vec![true; self.requests.len()],
         };
         let generation = self.finish_in_memory(&lost)?;
-        let engine = || self.computed_at_once(generation.batch_size);
+        let engine = || self.computed_at_once(generation.batch_size, generation.decode_size);
         let images = generation.images.into_iter();
         let mut pictures: Vec<_> = images
             .map(|image| outcome(image, self.options.dtype, self.parameters.recipe, engine()))
@@ -63,10 +63,10 @@ impl Finishing {
         }
     }
 
-    /// What computed pictures of a call of so many at once, if their bits depend on it.
-    fn computed_at_once(&self, batch_size: usize) -> Option<Box<EngineFingerprint>> {
+    /// What computed pictures that were denoised and decoded so many at once, if their bits depend on it.
+    fn computed_at_once(&self, batch_size: usize, decode_size: usize) -> Option<Box<EngineFingerprint>> {
         let engine = self.fingerprint.clone()?;
-        Some(Box::new(EngineFingerprint { batch_size, ..engine }))
+        Some(Box::new(EngineFingerprint { batch_size, decode_size, ..engine }))
     }
 
     /// Draws once more, in f32, what gave numbers that are not finite in half precision: its range is the usual reason. The
@@ -107,7 +107,7 @@ impl Finishing {
             *picture = match generation {
                 Ok(mut generation) => match generation.images.pop() {
                     Some(image) => {
-                        outcome(image, ComputeDtype::F32, parameters.recipe, self.computed_at_once(1))
+                        outcome(image, ComputeDtype::F32, parameters.recipe, self.computed_at_once(1, 1))
                     }
                     None => continue,
                 },

@@ -120,7 +120,7 @@ impl Finisher {
         }
         let images = images.into_iter().flatten().collect();
         let Denoised { batch_size, replayed_steps, .. } = *denoised;
-        Ok(Generation { images, seconds, batch_size, replayed_steps })
+        Ok(Generation { images, seconds, batch_size, decode_size, replayed_steps })
     }
 
     /// After [`Self::finish`] ran out of memory: lets fewer of these be decoded at once from now on. `None` if it was one
