@@ -55,11 +55,13 @@ async fn a_microbatch_is_finished_while_the_next_is_denoised() {
     assert!(to(&generate[0]) <= from(&finish[0]) + 0.01);
 }
 
-/// Each second half waits until the first thread is as far ahead as it may get, with one microbatch waiting and one in hand. If
-/// none could wait, the test would hang; if more could, some call would begin too early.
+/// Each second half waits until the first thread is as far ahead as it may get, with one microbatch waiting and one in hand, and
+/// then leaves it the processor often enough to begin another call, if it could. If none could wait, the test would hang;
+/// if more could, some call would begin too early.
 #[tokio::test]
 async fn one_microbatch_waits_between_the_halves_and_no_other() {
     const MICROBATCHES: usize = 12;
+    const CHANCES: usize = 20_000;
     let mut worker = WorkerUnderTest::new(Setup::full_microbatches(1));
     worker.submit_many(0..MICROBATCHES as u32);
     worker
@@ -69,6 +71,7 @@ async fn one_microbatch_waits_between_the_halves_and_no_other() {
                 let ended = seen.count(|event| matches!(event, Event::FinishEnded(_)));
                 let ahead = (ended + 3).min(MICROBATCHES);
                 seen.wait_for_here(ahead, |event| matches!(event, Event::Denoised(_)));
+                (0..CHANCES).for_each(|_| std::thread::yield_now());
                 Ok(())
             })
         })
