@@ -16,7 +16,7 @@ use tokio::sync::mpsc;
 use tracing::warn;
 
 use super::first_half::{FirstHalf, Step};
-use super::running::{Poison, Running, close, hand_back};
+use super::running::{Poison, Running, close};
 use super::second_half::SecondHalf;
 use super::{EngineError, single};
 use crate::microbatch::{Finished, Microbatch};
@@ -28,7 +28,7 @@ enum Report {
     /// It is handed on.
     Done,
     /// Something of it has to be run again.
-    Again(Running),
+    Again(Box<Running>),
 }
 
 /// The first thread's end of the second.
@@ -67,12 +67,9 @@ pub(super) fn work(
     };
     loop {
         let running = match lane.next(&mut microbatches, &first_half.poison)? {
-            Next::New(microbatch) => match first_half.begin(microbatch, true) {
-                Ok(running) => running,
-                Err(microbatch) => {
-                    hand_back(microbatch, &finished);
-                    continue;
-                }
+            Next::New(microbatch) => match first_half.begin(microbatch, true, &finished) {
+                Some(running) => running,
+                None => continue,
             },
             Next::Again(mut running) => {
                 lane.come_to_rest()?;
@@ -142,7 +139,7 @@ impl Lane {
                     running.hand_on(&finished);
                     Report::Done
                 } else {
-                    Report::Again(running)
+                    Report::Again(Box::new(running))
                 };
                 // The first thread hears it, unless it died; then nobody can run anything again.
                 let _ = report.send(answer);
@@ -206,7 +203,7 @@ impl Lane {
         self.num_there -= 1;
         match report {
             Report::Done => {}
-            Report::Again(running) => self.back.push_back(running),
+            Report::Again(running) => self.back.push_back(*running),
         }
         Ok(())
     }

@@ -7,10 +7,11 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Instant;
 
 use schema::{MicrobatchKey, ValidJobSpec};
+use tokio::sync::mpsc;
 use tracing::{info, warn};
 
-use super::running::{DenoisedCall, Poison, Running, panicked};
-use crate::microbatch::{Microbatch, Picture};
+use super::running::{DenoisedCall, Poison, Running, hand_back, panicked};
+use crate::microbatch::{Finished, Microbatch, Picture};
 use crate::pipeline::{Pipeline, PipelineError, PrepareLane};
 use crate::trace::{Span, Stage, Trace};
 
@@ -52,8 +53,13 @@ impl FirstHalf {
         self.pipeline.prepare_lane()
     }
 
-    /// Begins a microbatch; the error is a microbatch that may not be started any more.
-    pub(super) fn begin(&self, microbatch: Microbatch, has_company: bool) -> Result<Running, Microbatch> {
+    /// Begins a microbatch, or hands it back if it may not be started any more.
+    pub(super) fn begin(
+        &self,
+        microbatch: Microbatch,
+        has_company: bool,
+        finished: &mpsc::Sender<Finished>,
+    ) -> Option<Running> {
         self.trace.span(Span {
             stage: Stage::WaitForEngine,
             microbatch_id: microbatch.microbatch_id,
@@ -63,10 +69,11 @@ impl FirstHalf {
             to: Instant::now(),
         });
         if !microbatch.control.may_start() {
-            return Err(microbatch);
+            hand_back(microbatch, finished);
+            return None;
         }
         let calls = self.calls(&microbatch.pictures);
-        Ok(Running::new(microbatch, calls, has_company, &self.poison))
+        Some(Running::new(microbatch, calls, has_company, &self.poison))
     }
 
     /// Denoises the next call.

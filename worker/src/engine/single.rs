@@ -6,7 +6,7 @@ use tokio::sync::mpsc;
 
 use super::EngineError;
 use super::first_half::{FirstHalf, Step};
-use super::running::{close, hand_back};
+use super::running::close;
 use super::second_half::SecondHalf;
 use crate::microbatch::{Finished, Microbatch};
 use crate::pipeline::StageTimes;
@@ -21,13 +21,7 @@ pub(super) fn work(
     let (trace, poison) = (first_half.trace.clone(), first_half.poison.clone());
     let second_half = SecondHalf { trace: trace.clone(), poison: poison.clone(), is_beside: false };
     while let Some(microbatch) = microbatches.blocking_recv() {
-        let mut running = match first_half.begin(microbatch, false) {
-            Ok(running) => running,
-            Err(microbatch) => {
-                hand_back(microbatch, finished);
-                continue;
-            }
-        };
+        let Some(mut running) = first_half.begin(microbatch, false, finished) else { continue };
         loop {
             match first_half.denoise_next(&mut running) {
                 Step::NoCall => break,
