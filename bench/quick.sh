@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The first look at a GPU that is lent for minutes: is what it draws right, does a picture depend on its company, how fast is it with
-# CUDA graphs and without. No network, and nothing but the built binary and a Python with torch's wheel, whose libraries it opens.
+# CUDA graphs and without, and with decoding beside denoising. No network, and nothing but the built binary and a Python with torch's wheel, whose libraries it opens.
 #
 #   DEVICE=cuda bench/quick.sh            full size; ends by itself after BUDGET seconds (460), the most telling parts first
 #   bench/quick.sh                        the same on a CPU with the smallest model, to see that it runs
@@ -41,15 +41,18 @@ for dtype in f32 "$DTYPE"; do
   part "right-$dtype" 60 "${small[@]}" --device "$DEVICE" --dtypes "$dtype" --pad-batch 3 \
     --reference "$OUT/quick-reference.safetensors"
 done
-# 2. P8, without graphs and with: one job in every place of a batch.
+# 2. P8, without graphs and with, decoded after its own call and beside the next: one job in every place of a batch.
 part company-small 60 --check-company --size "$CHECK_SIZE" --device "$DEVICE" --dtypes "$DTYPE" --batch-sizes "$COMPANY" \
-  --num-inference-steps 6 --graph off,on
+  --num-inference-steps 6 --graph off,on --overlap-decode off,on
 # 3. How fast, stage by stage, calls with and without graphs in turn, the largest batch first.
 part speed 240 "${full[@]}" --batch-sizes "$BATCH_SIZES" --graph off,on --warmup 1 --repeats 3
-# 4. P8 at full size.
+# 4. What decoding beside denoising brings, over calls in a row.
+part overlap 120 "${full[@]}" --batch-sizes "${BATCH_SIZES%%,*}" --graph on --overlap-decode off,on --in-a-row 3 \
+  --warmup 1 --repeats 1
+# 5. P8 at full size.
 part company-full 90 --check-company --size "$SIZE" --device "$DEVICE" --dtypes "$DTYPE" --batch-sizes "$COMPANY" \
-  --num-inference-steps 6 --graph on
-# 5. Which kernel of attention: 10 steps are enough. `own` is ours, for heads of 40 and 80 values; the reports name the kernels that were
+  --num-inference-steps 6 --graph on --overlap-decode on
+# 6. Which kernel of attention: 10 steps are enough. `own` is ours, for heads of 40 and 80 values; the reports name the kernels that were
 #    really used, and ours is not where it failed the check at loading. Then whether pictures by it are right, and alike in company.
 if [[ $DEVICE == cuda* ]]; then
   for kernel in own cudnn flash; do

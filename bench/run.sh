@@ -4,7 +4,9 @@
 #   bench/run.sh                          CPU, tiny and small models: what `make bench` runs
 #   SIZES=full STEPS=1 bench/run.sh       one full-size step on the CPU
 #   DEVICE=cuda bench/run.sh              a GPU: full size, 50 steps, f16 and bf16, batch sizes 1 to 66, with our own
-#                                         kernels, with our own attention too, and without (KERNELS)
+#                                         kernels, with our own attention too, and without (KERNELS), and calls in a
+#                                         row, decoded beside the next or after one another (ROW of them,
+#                                         OVERLAP_BATCH_SIZES)
 #
 # Needs the built binary (BINARY, or target/release) and a Python with worker/tests/golden/requirements.txt and psutil
 # (PYTHON). On a GPU machine the wheels' own libraries serve our binary too: see worker/src/diffusion/device.rs.
@@ -17,13 +19,14 @@ MODELS=${MODELS:-$OUT/models}
 if [[ $DEVICE == cuda* ]]; then
   SIZES=${SIZES:-full} STEPS=${STEPS:-50} DTYPES=${DTYPES:-f16,bf16} ROUNDS=${ROUNDS:-5}
   BATCH_SIZES=${BATCH_SIZES:-1,4,8,16,32,33,64,66} KERNELS=${KERNELS:-fused attention plain}
+  ROW=${ROW:-4} OVERLAP_BATCH_SIZES=${OVERLAP_BATCH_SIZES:-33,8}
   # Clocks, power and memory of the whole time, to tell a throttled run from a good one.
   nvidia-smi --query-gpu=timestamp,name,driver_version,clocks.sm,power.draw,temperature.gpu,memory.used \
     --format=csv --loop=1 >"$OUT/gpu.csv" &
   trap 'kill $!' EXIT
 else
   SIZES=${SIZES:-tiny small} STEPS=${STEPS:-10} DTYPES=${DTYPES:-f32} ROUNDS=${ROUNDS:-5} BATCH_SIZES=${BATCH_SIZES:-1}
-  KERNELS=plain
+  KERNELS=plain ROW=${ROW:-4} OVERLAP_BATCH_SIZES=${OVERLAP_BATCH_SIZES:-1,2}
 fi
 mkdir -p "$MODELS"
 
@@ -33,6 +36,10 @@ for size in $SIZES; do
       --num-inference-steps "$STEPS" --repeats "$ROUNDS" --kernels "$kernels" --json >"$OUT/$size-$DEVICE-$kernels.json"
     echo "bench: wrote $OUT/$size-$DEVICE-$kernels.json"
   done
+  "$BINARY" --log warn bench --size "$size" --device "$DEVICE" --dtypes "${DTYPES%%,*}" --batch-sizes "$OVERLAP_BATCH_SIZES" \
+    --num-inference-steps "$STEPS" --repeats "$ROUNDS" --overlap-decode off,on --in-a-row "$ROW" \
+    --json >"$OUT/$size-$DEVICE-overlap.json"
+  echo "bench: wrote $OUT/$size-$DEVICE-overlap.json"
   "$PYTHON" -c 'import diffusers' 2>/dev/null || { echo "bench: $PYTHON has no diffusers, nothing to compare with"; continue; }
   for dtype in ${DTYPES//,/ }; do
     for batch_size in ${BATCH_SIZES//,/ }; do

@@ -9,14 +9,17 @@ ALTER TABLE images
     ADD COLUMN engine_cudnn text,
     ADD COLUMN engine_kernels text,
     ADD COLUMN engine_batch_size integer CONSTRAINT images_engine_batch_size CHECK (engine_batch_size >= 1),
+    ADD COLUMN engine_decode_size integer CONSTRAINT images_engine_decode_size CHECK (engine_decode_size >= 1),
     ADD CONSTRAINT images_engine_whole CHECK (
-        num_nulls(engine_gpu, engine_driver, engine_torch, engine_cudnn, engine_kernels, engine_batch_size) IN (0, 6));
+        num_nulls(engine_gpu, engine_driver, engine_torch, engine_cudnn, engine_kernels, engine_batch_size,
+                  engine_decode_size) IN (0, 7));
 COMMENT ON COLUMN images.engine_gpu IS 'The GPU''s model; null, as are all engine columns, for a picture that was drawn on the CPU.';
 COMMENT ON COLUMN images.engine_driver IS 'Version of the GPU''s driver.';
 COMMENT ON COLUMN images.engine_torch IS 'Version of libtorch.';
 COMMENT ON COLUMN images.engine_cudnn IS 'Version of cuDNN.';
 COMMENT ON COLUMN images.engine_kernels IS 'The kernels: `plain`, or others and what they were compiled for.';
 COMMENT ON COLUMN images.engine_batch_size IS 'Pictures that were computed at once, made-up ones included.';
+COMMENT ON COLUMN images.engine_decode_size IS 'Pictures that the VAE decoded at once, at most.';
 
 -- A view's columns can only be added at its end.
 CREATE OR REPLACE VIEW v_images AS
@@ -32,7 +35,7 @@ SELECT images.image_id, images.job_id, batches.batch_id, batches.name AS batch_n
        batches.created_at AS submitted_at, attempts.started_at, images.created_at,
        images.guidance_start, images.guidance_stop, images.cache_interval,
        images.engine_gpu, images.engine_driver, images.engine_torch, images.engine_cudnn, images.engine_kernels,
-       images.engine_batch_size
+       images.engine_batch_size, images.engine_decode_size
 FROM images
 JOIN jobs USING (job_id)
 JOIN batches ON batches.batch_id = images.batch_id

@@ -18,4 +18,7 @@ pub struct EngineFingerprint {
     pub kernels: String,
     /// Pictures that were computed at once, made-up ones included.
     pub batch_size: usize,
+    /// Pictures that were decoded at once, at most.
+    #[serde(default)]
+    pub decode_size: usize,
 }

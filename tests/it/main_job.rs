@@ -41,9 +41,13 @@ async fn the_same_job_gives_the_same_picture_whatever_it_rode_with() {
     // Several seeds, because the random checkpoint's safety checker withholds some of its pictures.
     let options = ["--num-inference-steps", "3", "--seed", "7", "--num-images-per-prompt", "4"];
     let _serve = fleet.serve();
-    let _worker = fleet.worker(&["--max-microbatch", "4", "--max-wait-ms", "2000"]);
+    let company = ["--max-microbatch", "4", "--max-wait-ms", "2000"];
+    let worker = fleet.worker(&company);
     let alone = fleet.submit("a lighthouse\n", &options);
     fleet.await_all_final(Duration::from_secs(120)).await;
+    drop(worker);
+    // Nor does it matter that another microbatch is decoded meanwhile.
+    let _worker = fleet.worker(&[&company[..], &["--overlap-decode", "on"]].concat());
     let together = fleet.submit("a harbour\na lighthouse\na gull\n", &options);
     fleet.await_all_final(Duration::from_secs(120)).await;
     let (alone, together) = (fleet.images(&alone).await, fleet.images(&together).await);

@@ -4,12 +4,16 @@
 // text that is valid until the thread's next call.
 #include <cstdint>
 #include <exception>
+#include <memory>
 #include <string>
 #include <vector>
 
 #include <ATen/Context.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/cuda/CUDAGraph.h>
 #include <ATen/detail/CUDAHooksInterface.h>
+#include <c10/cuda/CUDACachingAllocator.h>
+#include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <cuda_runtime_api.h>
 
@@ -21,6 +25,12 @@ struct StepGraph {
   explicit StepGraph(CUDAStream side) : side(side), outer(side) {}
   at::cuda::CUDAGraph graph;
   CUDAStream side, outer;
+};
+
+// A place in a stream's work.
+struct StreamMark {
+  cudaEvent_t event;
+  c10::DeviceIndex device;
 };
 
 template <typename Work>
@@ -40,6 +50,8 @@ const char* guarded(Work work) {
 
 // Lets `later` start when all that is in `earlier` is done.
 void follow(CUDAStream later, CUDAStream earlier) {
+  // An event belongs to the device that is current when it is made, and is only recorded on that device's streams.
+  c10::cuda::CUDAGuard device(earlier.device_index());
   cudaEvent_t event = nullptr;
   C10_CUDA_CHECK(cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
   cudaError_t recorded = cudaEventRecord(event, earlier.stream());
@@ -135,5 +147,65 @@ const char* darkroom_graph_replay(StepGraph* graph) {
 // The device must be done with the graph.
 void darkroom_graph_free(StepGraph* graph) {
   guarded([=] { delete graph; });
+}
+
+// Gives the calling thread a stream of its own. Which stream is current "is thread local" (c10/cuda/CUDAStream.h, "Stream pool
+// note"), so no other thread notices; libtorch launches on the current stream, and our own kernels ask for it.
+//
+// From the pool of high priority: graphs take their streams from the other pool, so that this one is never among them ("There
+// are three pools per device", the same note; each hands out its 32 streams in turn, over and over). On a graph's
+// stream what this thread launches during a capture would be written into the graph. And what is launched here is short, and somebody
+// waits for it, while the other thread's work is always there.
+//
+// Streams of the pools are made with cudaStreamNonBlocking (c10/cuda/CUDAStream.cpp): work on the default stream, where the
+// engine's first thread computes, does not hold them up. A capture in cudaStreamCaptureModeThreadLocal, which ours are,
+// leaves other threads free to allocate and to wait (CUDA Runtime API, cudaThreadExchangeStreamCaptureMode).
+const char* darkroom_use_own_stream(int device) {
+  return guarded([=] {
+    const auto index = static_cast<c10::DeviceIndex>(device);
+    c10::cuda::set_device(index);
+    c10::cuda::setCurrentCUDAStream(c10::cuda::getStreamFromPool(/*isHighPriority=*/true, index));
+  });
+}
+
+// Marks what the calling thread's current stream has been given so far. An event "captures" the work that is in the stream at
+// this moment; the stream that waits for it starts nothing before that is done, and the host does not wait (CUDA Runtime
+// API, cudaEventRecord and cudaStreamWaitEvent).
+const char* darkroom_mark_new(int device, StreamMark** mark) {
+  return guarded([=] {
+    const auto index = static_cast<c10::DeviceIndex>(device);
+    c10::cuda::CUDAGuard guard(index);
+    auto made = std::make_unique<StreamMark>(StreamMark{nullptr, index});
+    C10_CUDA_CHECK(cudaEventCreateWithFlags(&made->event, cudaEventDisableTiming));
+    cudaError_t recorded = cudaEventRecord(made->event, c10::cuda::getCurrentCUDAStream(index).stream());
+    if (recorded != cudaSuccess) cudaEventDestroy(made->event);
+    C10_CUDA_CHECK(recorded);
+    *mark = made.release();
+  });
+}
+
+const char* darkroom_mark_wait(StreamMark* mark) {
+  return guarded([=] {
+    c10::cuda::CUDAGuard guard(mark->device);
+    C10_CUDA_CHECK(cudaStreamWaitEvent(c10::cuda::getCurrentCUDAStream(mark->device).stream(), mark->event, 0));
+  });
+}
+
+// The event may be pending: its resources are freed when it is done (CUDA Runtime API, cudaEventDestroy).
+void darkroom_mark_free(StreamMark* mark) {
+  guarded([=] {
+    cudaEventDestroy(mark->event);
+    delete mark;
+  });
+}
+
+// Memory goes back to the stream that it was allocated on as soon as its tensor is gone, whoever else still reads it: "blocks can
+// be re-allocated on the same stream", and recordStream "will ensure that the block is not reused before each recorded
+// stream completes work" (c10/cuda/CUDACachingAllocator.cpp, at its top).
+const char* darkroom_keep_for_current_stream(const at::Tensor* tensor) {
+  return guarded([=] {
+    c10::cuda::CUDACachingAllocator::recordStream(
+        tensor->storage().data_ptr(), c10::cuda::getCurrentCUDAStream(tensor->device().index()));
+  });
 }
 }

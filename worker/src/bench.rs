@@ -5,6 +5,7 @@
 
 mod checkpoint;
 mod company;
+mod decode_lane;
 mod measure;
 mod memory;
 mod report;
@@ -17,6 +18,7 @@ use std::time::Instant;
 use anyhow::{Context as _, ensure};
 
 pub use self::checkpoint::ModelSize;
+use self::decode_lane::DecodeLane;
 use self::measure::{Bench, Call};
 use self::report::{Report, Run};
 use crate::batching_args::{Switch, batching};
@@ -103,6 +105,20 @@ pub struct BenchArgs {
         hide_possible_values = true
     )]
     pub graph: Vec<Switch>,
+    /// Decode and check each call while the next is denoised, as a worker does with the same option; with `off,on` they take turns.
+    /// It shows with --in-a-row only.
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "off",
+        value_name = "on|off,…",
+        hide_possible_values = true,
+        conflicts_with_all = ["denoise_only", "on_demand"]
+    )]
+    pub overlap_decode: Vec<Switch>,
+    /// Calls that are measured as one, without a pause between them; what is printed is one call's mean.
+    #[arg(long, default_value_t = 1, value_name = "CALLS", value_parser = clap::value_parser!(u16).range(1..=1000))]
+    pub in_a_row: u16,
     /// Compute so many pictures at once, the missing ones made up. 0 makes nothing up.
     #[arg(long, value_name = "N", default_value_t = 0, value_parser = clap::value_parser!(u16).range(0..=1024))]
     pub pad_batch: u16,
@@ -153,6 +169,10 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
         }
     }
 
+    let lane = match args.overlap_decode.iter().any(|overlap| overlap.is_on()) {
+        true => Some(DecodeLane::start(args.device)?),
+        false => None,
+    };
     let mut report = Report::new(args, folder)?;
     for &dtype in &args.dtypes {
         let start = Instant::now();
@@ -160,14 +180,17 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
         let load_seconds = start.elapsed().as_secs_f64();
         for &batch_size in &args.batch_sizes {
             let parameters = parameters(args, &pipeline);
-            let bench = |graph: &Switch| Bench {
+            let bench = |(graph, overlap): (&Switch, &Switch)| Bench {
                 pipeline: &pipeline,
                 requests: measure::requests(batch_size.into(), args.guidance_scale),
                 parameters,
                 batching: batching(args.device, *graph, args.pad_batch),
                 denoise_only: args.denoise_only,
+                lane: lane.as_ref().filter(|_| overlap.is_on()),
+                in_a_row: args.in_a_row.into(),
             };
-            let mut benches: Vec<Bench<'_>> = args.graph.iter().map(bench).collect();
+            let each_way = |graph| args.overlap_decode.iter().map(move |overlap| (graph, overlap));
+            let mut benches: Vec<Bench<'_>> = args.graph.iter().flat_map(each_way).map(bench).collect();
             if args.check_company {
                 return benches.iter_mut().try_for_each(check_company);
             }

@@ -107,7 +107,11 @@ impl<Q: Queue, S: ObjectStore, C: Catalog> Completer<Q, S, C> {
 
     async fn finish_timed(&self, finished: Finished) {
         let started = Instant::now();
-        let shared = finished.pictures.iter().map(|picture| picture.times.vae + picture.times.safety).max();
+        let after_last_step = |picture: &FinishedPicture| {
+            let StageTimes { wait, vae, safety, .. } = picture.times;
+            wait + vae + safety
+        };
+        let shared = finished.pictures.iter().map(after_last_step).max();
         self.finish(finished).await;
         self.metrics.finishing_took(shared.unwrap_or_default() + started.elapsed());
         self.metrics.touch();

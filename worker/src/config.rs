@@ -11,6 +11,7 @@ use secrecy::SecretString;
 use crate::batching_args::{Switch, batching};
 use crate::bench::BenchArgs;
 use crate::diffusion::{Batching, ComputeDevice, ComputeDtype, KernelChoice};
+use crate::engine::Lanes;
 use crate::generate::GenerateArgs;
 use crate::object_store::Addressing;
 
@@ -97,6 +98,17 @@ pub struct Config {
         hide_possible_values = true
     )]
     pub graph: Switch,
+    /// Decode and check one microbatch while the next is denoised, by a second thread and, on a GPU, on a second stream. Pictures
+    /// are the same. It takes memory for both at once; on a CPU the two share
+    /// its cores. Not measured on a GPU yet, so off by itself.
+    #[arg(
+        long,
+        env = "DARKROOM_OVERLAP_DECODE",
+        value_name = "on|off",
+        default_value = "off",
+        hide_possible_values = true
+    )]
+    pub overlap_decode: Switch,
     /// Compute so many pictures at once, the missing ones made up, so that a picture's last bits do not depend on its company;
     /// at least --max-microbatch, or 0 to make nothing up [default: --max-microbatch on a GPU; a CPU, which computes each
     /// picture by itself, does without].
@@ -181,6 +193,11 @@ impl Config {
         Ok(batching(self.device, self.graph, pad_batch))
     }
 
+    /// See [`Config::overlap_decode`].
+    pub fn lanes(&self) -> Lanes {
+        if self.overlap_decode.is_on() { Lanes::Two } else { Lanes::One }
+    }
+
     /// Messages of one band that the worker holds.
     pub fn prefetch(&self) -> u16 {
         schema::prefetch(self.max_microbatch)
@@ -245,6 +262,21 @@ mod tests {
         assert_eq!(size(&["--pad-batch", "9"]).unwrap(), BatchSize::Padded(9));
         let error = size(&["--device", "cuda", "--pad-batch", "7"]).unwrap_err().to_string();
         assert_eq!(error, "`--pad-batch` must be 0 or at least `--max-microbatch`, 8, but is 7");
+    }
+
+    #[test]
+    fn decoding_overlaps_only_where_it_is_asked_for() {
+        let lanes = |more: &[&str]| {
+            let arguments = ["darkroom-worker", "run", "--model", "demo", "--database-url", "a"];
+            let rest = ["--amqp-url", "b", "--s3-bucket", "c"];
+            let cli =
+                Cli::try_parse_from(arguments.iter().chain(&rest).chain(more)).expect("these are enough");
+            let Command::Run(config) = cli.command else { panic!("another command") };
+            config.lanes()
+        };
+        assert_eq!(lanes(&[]), Lanes::One);
+        assert_eq!(lanes(&["--device", "cuda"]), Lanes::One);
+        assert_eq!(lanes(&["--overlap-decode", "on"]), Lanes::Two);
     }
 
     #[test]

@@ -1,10 +1,10 @@
 //! What is said to a microbatch while it runs, and what it says back: lost leases and stopping one way, steps done the
 //! other.
 //!
-//! The engine's thread holds no lock and awaits nothing. It looks into its [`Control`] after each denoising step, so a
-//! word takes effect within one step. The words are written by the lease keeper (`lease.rs`) and the drain
-//! (`drain.rs`), and only read by the engine's thread; the progress is written by the engine's thread, and only read by
-//! the drain.
+//! The engine's threads hold no lock and await nothing. They look into a microbatch's [`Control`] after each denoising step and
+//! before they decode, so a word takes effect within one step. The words are written by the lease keeper (`lease.rs`), which
+//! is the drain too, and only read by the engine's thread that has the microbatch; the progress is written by that
+//! thread, and only read by the drain.
 
 use std::ops::Range;
 use std::sync::mpsc;
@@ -73,6 +73,8 @@ pub struct Control {
     window: Range<usize>,
     started: Instant,
     drain: CancellationToken,
+    /// Cancelled when the engine must not be used any more.
+    broken: CancellationToken,
 }
 
 /// The other end. Clones speak to the same microbatch.
@@ -100,6 +102,7 @@ pub fn control(job_ids: Vec<JobId>, drain: CancellationToken) -> (ControlHandle,
         window,
         started: Instant::now(),
         drain,
+        broken: CancellationToken::new(),
     };
     (handle, control)
 }
@@ -127,6 +130,11 @@ impl Control {
     /// Whether the microbatch may still be started.
     pub fn may_start(&self) -> bool {
         !self.drain.is_cancelled()
+    }
+
+    /// Once `broken` is cancelled, the microbatch is to stop after its current step.
+    pub fn stop_when(&mut self, broken: CancellationToken) {
+        self.broken = broken;
     }
 
     /// Narrows the next calls to some of the microbatch's pictures and starts their clock.
@@ -182,7 +190,7 @@ impl Control {
     }
 
     fn stopped(&self) -> bool {
-        self.stop || self.lost[self.window.clone()].iter().all(|lost| *lost)
+        self.stop || self.broken.is_cancelled() || self.lost[self.window.clone()].iter().all(|lost| *lost)
     }
 }
 

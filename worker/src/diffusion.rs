@@ -33,7 +33,8 @@
 //! - [`ImageError::Dropped`] answers `StepControl::Drop`, [`ImageError::NonFinite`] a NaN or infinity; the other
 //!   pictures of the call are not touched by either.
 //! - [`GeneratedImage::pixels`] is RGB, 8 bits, row by row; black where `safety` says `has_nsfw_concept`.
-//! - The pipeline is `Send` and not `Sync`: one thread owns it. A call runs to its end on that thread.
+//! - The pipeline is `Send` and not `Sync`: one thread owns it. `generate` is `denoise`, then [`Finisher::finish`]; the finisher
+//!   is shared, so that another thread can finish one call while the pipeline denoises the next.
 //!
 //! # Same spec, same picture
 //! On the CPU each picture of a microbatch has its own passes through every model, by one thread
@@ -63,9 +64,9 @@ pub use device::{ComputeDevice, ComputeDtype, DeviceError};
 pub use kernels::KernelChoice;
 pub use load_error::LoadError;
 pub use pipeline_stable_diffusion::{
-    BatchSize, Batching, GeneratedImage, Generation, GenerationParameters, ImageError, ImageRequest,
-    LoadOptions, NoiseKind, PipelineError, Recipe, StableDiffusionPipeline, Stage, StageSeconds, StepControl,
-    StepProgress,
+    BatchSize, Batching, Denoised, Finisher, GeneratedImage, Generation, GenerationParameters, ImageError,
+    ImageRequest, LoadOptions, NoiseKind, PipelineError, Recipe, StableDiffusionPipeline, Stage,
+    StageSeconds, StepControl, StepProgress,
 };
 pub use safety_checker::SafetyVerdict;
 pub use schedulers::SchedulerKind;

@@ -1,8 +1,9 @@
 //! The wall towards the model: job specs in, pictures out, nothing async and nothing shared.
 //!
 //! Two real implementations stand behind it: `stable_diffusion.rs` and `solid_color.rs`. One OS thread owns the
-//! pipeline (`engine.rs`); nothing else ever sees it.
+//! pipeline (`engine.rs`); nothing else ever sees it. What it leaves of a call, [`Denoised`], can be finished elsewhere.
 
+use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -73,6 +74,8 @@ pub struct StageTimes {
     pub vae: Duration,
     /// The safety checker.
     pub safety: Duration,
+    /// Between the last denoising step and the decoding, if another call had to be finished first.
+    pub wait: Duration,
 }
 
 /// What one call gives back.
@@ -134,20 +137,43 @@ impl PipelineError {
     }
 }
 
-/// A model, loaded.
+/// What the first half of a call leaves to the second: small, so that one may wait while another is finished.
+pub struct Denoised {
+    /// The stages so far.
+    pub times: StageTimes,
+    /// The second half: decodes, checks and brings the pictures to this side, one outcome for each spec in order. Its `times` are
+    /// the whole call's. It may ask the [`Control`] which pictures are not wanted any more.
+    pub finish: Finish,
+}
+
+/// The second half of a call, on whichever thread it is run.
+pub type Finish = Box<dyn FnOnce(&mut Control) -> Result<Generated, PipelineError> + Send>;
+
+impl fmt::Debug for Denoised {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Denoised").field("times", &self.times).finish_non_exhaustive()
+    }
+}
+
+/// What a thread other than the pipeline's own does once, before it finishes anything.
+pub type PrepareLane = Box<dyn FnOnce() -> Result<(), PipelineError> + Send>;
+
+/// A model, loaded. It makes one picture for each spec of a call, in two halves, of which another thread may do the second
+/// while the first half of the next call runs.
 pub trait Pipeline {
     /// What its pictures depend on besides spec and weights.
     fn identity(&self) -> &PipelineIdentity;
 
-    /// Makes one picture for each spec. All specs share one microbatch key and there is at least one.
+    /// The first half of a call: prompts to latents. All specs share one microbatch key and there is at least one.
     ///
     /// After each denoising step the pipeline calls [`Control::after_step`] and obeys the verdict. Each picture depends
-    /// on its spec and the weights alone, not on the other specs of the call.
-    fn generate(
-        &mut self,
-        specs: &[&ValidJobSpec],
-        control: &mut Control,
-    ) -> Result<Generated, PipelineError>;
+    /// on its spec and the weights alone, not on the other specs of the call, nor on which thread finishes it.
+    fn denoise(&mut self, specs: &[&ValidJobSpec], control: &mut Control) -> Result<Denoised, PipelineError>;
+
+    /// What another thread has to do before it finishes calls; an error if none can.
+    fn prepare_lane(&self) -> PrepareLane {
+        Box::new(|| Ok(()))
+    }
 }
 
 /// Makes the pipeline on the thread that will own it.

@@ -13,7 +13,8 @@ use schema::{Sha256Digest, ValidJobSpec};
 
 use crate::control::{Control, Verdict};
 use crate::pipeline::{
-    Generated, GeneratedImage, PictureOutcome, Pipeline, PipelineError, PipelineIdentity, StageTimes,
+    Denoised, Generated, GeneratedImage, PictureOutcome, Pipeline, PipelineError, PipelineIdentity,
+    StageTimes,
 };
 
 /// The pipeline's name in settings, rows and logs.
@@ -44,11 +45,7 @@ impl Pipeline for SolidColorPipeline {
         &self.identity
     }
 
-    fn generate(
-        &mut self,
-        specs: &[&ValidJobSpec],
-        control: &mut Control,
-    ) -> Result<Generated, PipelineError> {
+    fn denoise(&mut self, specs: &[&ValidJobSpec], control: &mut Control) -> Result<Denoised, PipelineError> {
         let started = Instant::now();
         let num_steps = specs.iter().map(|spec| spec.num_inference_steps()).max().unwrap_or(1);
         let batch_size = u32::try_from(specs.len()).unwrap_or(u32::MAX);
@@ -63,22 +60,25 @@ impl Pipeline for SolidColorPipeline {
             match control.after_step(steps_done as usize, num_steps as usize) {
                 Verdict::Continue { lost: now_lost } => lost.copy_from_slice(now_lost),
                 Verdict::Stop => {
-                    let pictures = specs.iter().map(|_| PictureOutcome::Dropped).collect();
-                    return Ok(Generated { pictures, times: times(started) });
+                    lost.fill(true);
+                    break;
                 }
             }
         }
-        let pictures = specs.iter().zip(lost).map(|(spec, lost)| {
-            if lost { PictureOutcome::Dropped } else { PictureOutcome::Finished(plain(spec)) }
-        });
-        #[cfg(feature = "failpoints")]
-        let pictures = pictures.zip(specs).map(|(picture, spec)| injected::spoil(picture, spec));
-        Ok(Generated { pictures: pictures.collect(), times: times(started) })
+        let times = StageTimes { denoise: started.elapsed(), ..StageTimes::default() };
+        let specs: Vec<ValidJobSpec> = specs.iter().map(|&spec| spec.clone()).collect();
+        let finish = move |_: &mut Control| {
+            let pictures = specs.iter().zip(lost).map(|(spec, lost)| {
+                let picture =
+                    if lost { PictureOutcome::Dropped } else { PictureOutcome::Finished(plain(spec)) };
+                #[cfg(feature = "failpoints")]
+                let picture = if lost { picture } else { injected::spoil(picture, spec) };
+                picture
+            });
+            Ok(Generated { pictures: pictures.collect(), times })
+        };
+        Ok(Denoised { times, finish: Box::new(finish) })
     }
-}
-
-fn times(started: Instant) -> StageTimes {
-    StageTimes { denoise: started.elapsed(), ..StageTimes::default() }
 }
 
 /// The plain picture of a spec. Its color is a digest of the seed, so that neighboring seeds look different.

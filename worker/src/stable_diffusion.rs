@@ -1,5 +1,7 @@
 //! The model behind the [`Pipeline`] wall: job specs to the model code's requests, and its answers back.
 
+mod finishing;
+
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -7,18 +9,19 @@ use std::time::Duration;
 use schema::{EngineFingerprint, NoiseScheduler, ValidJobSpec};
 use tracing::warn;
 
+use self::finishing::Finishing;
 use crate::control::{Control, Verdict};
-use crate::diffusion::cuda::Gpu;
+use crate::diffusion::cuda::{self, Gpu};
 use crate::diffusion::device::TORCH_VERSION;
 use crate::diffusion::pipeline_stable_diffusion::{NoiseKind, StageSeconds};
 use crate::diffusion::rng::RngError;
 use crate::diffusion::schedulers::SchedulerError;
 use crate::diffusion::{
-    self, BatchSize, Batching, ComputeDevice, ComputeDtype, GenerationParameters, ImageError, ImageRequest,
-    LoadOptions, Recipe, SchedulerKind, StepControl, StepProgress,
+    self, BatchSize, Batching, ComputeDevice, GenerationParameters, ImageRequest, LoadOptions, Recipe,
+    SchedulerKind, StepControl, StepProgress,
 };
 use crate::pipeline::{
-    Generated, GeneratedImage, PictureOutcome, Pipeline, PipelineError, PipelineIdentity, StageTimes,
+    Denoised, Generated, PictureOutcome, Pipeline, PipelineError, PipelineIdentity, PrepareLane, StageTimes,
 };
 
 /// The pipeline's name in settings, rows and logs.
@@ -36,7 +39,7 @@ pub struct StableDiffusionPipeline {
     model: diffusion::StableDiffusionPipeline,
     identity: PipelineIdentity,
     folder: PathBuf,
-    /// What computes, where bits depend on it; the batch size is each call's.
+    /// What computes, where bits depend on it; the sizes are each call's.
     fingerprint: Option<EngineFingerprint>,
 }
 
@@ -67,28 +70,22 @@ impl StableDiffusionPipeline {
         Ok(Self { model, identity, folder: folder.to_owned(), fingerprint })
     }
 
-    /// What computed pictures of a call of so many at once, if their bits depend on it.
-    fn computed_at_once(&self, batch_size: usize) -> Option<Box<EngineFingerprint>> {
-        let engine = self.fingerprint.clone()?;
-        Some(Box::new(EngineFingerprint { batch_size, ..engine }))
-    }
-
-    /// One call, in a smaller batch where made-up pictures were too much for the memory: they must not cost real ones their
-    /// place.
-    fn generate_in_memory(
+    /// The first half of one call, in a smaller batch where made-up pictures were too much for the memory: they must not cost
+    /// real ones their place. `None` if it was stopped.
+    fn denoise_in_memory(
         &self,
         requests: &[ImageRequest],
         parameters: &GenerationParameters,
         control: &mut Control,
-    ) -> Result<diffusion::Generation, PipelineError> {
+    ) -> Result<Option<diffusion::Denoised>, PipelineError> {
         loop {
-            let generation = self.model.generate(requests, parameters, &mut |progress| {
+            let denoised = self.model.denoise(requests, parameters, &mut |progress| {
                 step_control(progress, control.after_step(progress.step_index + 1, progress.num_steps))
             });
             let batching = self.model.batching();
-            let error = match generation {
-                Ok(generation) => return Ok(generation),
-                Err(diffusion::PipelineError::Stopped { .. }) => return Ok(stopped(requests.len())),
+            let error = match denoised {
+                Ok(denoised) => return Ok(Some(denoised)),
+                Err(diffusion::PipelineError::Stopped { .. }) => return Ok(None),
                 Err(error) => classify(error, requests.len()),
             };
             match (&error, batching.size) {
@@ -104,54 +101,6 @@ impl StableDiffusionPipeline {
             }
         }
     }
-
-    /// Draws once more, in f32, what gave numbers that are not finite in half precision: its range is the usual reason. The
-    /// first noise stays that of the dtype asked for. The weights are read for it and dropped after it: it is rare, and
-    /// memory is better spent on microbatches.
-    fn retry_in_f32(&self, specs: &[&ValidJobSpec], pictures: &mut [PictureOutcome], control: &mut Control) {
-        let options = self.model.options();
-        let is_not_finite = |picture: &PictureOutcome| {
-            matches!(picture, PictureOutcome::Failed(PipelineError::NonFinite { .. }))
-        };
-        if options.dtype == ComputeDtype::F32 || !pictures.iter().any(is_not_finite) {
-            return;
-        }
-        let options = LoadOptions { dtype: ComputeDtype::F32, ..options };
-        let model = match diffusion::StableDiffusionPipeline::from_pretrained(&self.folder, &options) {
-            Ok(model) => model,
-            Err(error) => {
-                let error = format!("{:#}", anyhow::Error::new(error));
-                return warn!(error, "Values that are not finite could not be tried again in f32");
-            }
-        };
-        for (index, picture) in pictures.iter_mut().enumerate().filter(|(_, picture)| is_not_finite(picture))
-        {
-            warn!(
-                "A picture had values that are not finite in {}; drawing it again in f32",
-                self.identity.dtype
-            );
-            let spec = specs[index];
-            let noise = Some(NoiseKind::of(self.model.options().dtype));
-            let parameters = GenerationParameters { noise, ..parameters(spec) };
-            let generation = model.generate(&[request(spec)], &parameters, &mut |progress| match control
-                .after_step(progress.step_index + 1, progress.num_steps)
-            {
-                Verdict::Stop => StepControl::Stop,
-                Verdict::Continue { lost } if lost[index] => StepControl::Stop,
-                Verdict::Continue { .. } => StepControl::Continue,
-            });
-            *picture = match generation {
-                Ok(mut generation) => match generation.images.pop() {
-                    Some(image) => {
-                        outcome(image, ComputeDtype::F32, parameters.recipe, self.computed_at_once(1))
-                    }
-                    None => continue,
-                },
-                Err(diffusion::PipelineError::Stopped { .. }) => PictureOutcome::Dropped,
-                Err(error) => PictureOutcome::Failed(classify(error, 1)),
-            };
-        }
-    }
 }
 
 impl Pipeline for StableDiffusionPipeline {
@@ -159,33 +108,41 @@ impl Pipeline for StableDiffusionPipeline {
         &self.identity
     }
 
-    fn generate(
-        &mut self,
-        specs: &[&ValidJobSpec],
-        control: &mut Control,
-    ) -> Result<Generated, PipelineError> {
+    fn denoise(&mut self, specs: &[&ValidJobSpec], control: &mut Control) -> Result<Denoised, PipelineError> {
         let requests: Vec<ImageRequest> = specs.iter().map(|spec| request(spec)).collect();
         let parameters = parameters(specs[0]);
-        let generation = self.generate_in_memory(&requests, &parameters, control)?;
-        let dtype = self.model.options().dtype;
-        let engine = || self.computed_at_once(generation.batch_size);
-        let images = generation.images.into_iter();
-        let mut pictures: Vec<_> =
-            images.map(|image| outcome(image, dtype, parameters.recipe, engine())).collect();
-        self.retry_in_f32(specs, &mut pictures, control);
-        Ok(Generated { pictures, times: times(generation.seconds) })
+        let Some(denoised) = self.denoise_in_memory(&requests, &parameters, control)? else {
+            let finish = move |_: &mut Control| Ok(stopped(requests.len()));
+            return Ok(Denoised { times: StageTimes::default(), finish: Box::new(finish) });
+        };
+        let times = times(denoised.seconds);
+        let finishing = Finishing {
+            finisher: self.model.finisher(),
+            options: self.model.options(),
+            folder: self.folder.clone(),
+            fingerprint: self.fingerprint.clone(),
+            requests,
+            parameters,
+            denoised,
+        };
+        Ok(Denoised { times, finish: Box::new(move |control| finishing.run(control)) })
+    }
+
+    fn prepare_lane(&self) -> PrepareLane {
+        let device = self.model.options().device;
+        Box::new(move || match device {
+            ComputeDevice::Cpu => Ok(()),
+            ComputeDevice::Cuda(index) => {
+                cuda::use_own_stream(index).map_err(|error| PipelineError::Device { source: Arc::new(error) })
+            }
+        })
     }
 }
 
 /// The answer to a call that was stopped.
-fn stopped(num_pictures: usize) -> diffusion::Generation {
-    let dropped = |_| Err(ImageError::Dropped { step_index: 0 });
-    diffusion::Generation {
-        images: (0..num_pictures).map(dropped).collect(),
-        seconds: StageSeconds::default(),
-        batch_size: 0,
-        replayed_steps: 0,
-    }
+fn stopped(num_pictures: usize) -> Generated {
+    let pictures = (0..num_pictures).map(|_| PictureOutcome::Dropped).collect();
+    Generated { pictures, times: StageTimes::default() }
 }
 
 /// What computes on a GPU. On the CPU a picture has the same bits everywhere, so there is nothing to tell.
@@ -196,7 +153,8 @@ fn fingerprint(device: ComputeDevice, kernels: String) -> Option<EngineFingerpri
         Ok(Gpu { name, driver, cudnn }) => (name, driver, cudnn),
         Err(_) => (unknown(), unknown(), unknown()),
     };
-    Some(EngineFingerprint { gpu, driver, torch: TORCH_VERSION.to_owned(), cudnn, kernels, batch_size: 0 })
+    let torch = TORCH_VERSION.to_owned();
+    Some(EngineFingerprint { gpu, driver, torch, cudnn, kernels, batch_size: 0, decode_size: 0 })
 }
 
 fn request(spec: &ValidJobSpec) -> ImageRequest {
@@ -261,38 +219,6 @@ fn step_control(progress: &StepProgress<'_>, verdict: Verdict<'_>) -> StepContro
     }
 }
 
-fn outcome(
-    image: Result<diffusion::GeneratedImage, ImageError>,
-    dtype: ComputeDtype,
-    recipe: Recipe,
-    engine: Option<Box<EngineFingerprint>>,
-) -> PictureOutcome {
-    match image {
-        Ok(image) => {
-            let safety = image.safety;
-            PictureOutcome::Finished(GeneratedImage {
-                width: image.width,
-                height: image.height,
-                rgb: image.pixels,
-                has_nsfw_concept: safety.as_ref().map(|verdict| verdict.has_nsfw_concept),
-                concept_scores: safety
-                    .as_ref()
-                    .map(|verdict| verdict.concept_scores.clone())
-                    .unwrap_or_default(),
-                special_care_scores: safety.map(|verdict| verdict.special_care_scores).unwrap_or_default(),
-                prompt_truncated: image.truncated_prompt.is_some(),
-                dtype: dtype.to_string(),
-                recipe: recipe.into(),
-                engine,
-            })
-        }
-        Err(ImageError::Dropped { .. }) => PictureOutcome::Dropped,
-        Err(ImageError::NonFinite { stage }) => {
-            PictureOutcome::Failed(PipelineError::NonFinite { tensor: stage.to_string() })
-        }
-    }
-}
-
 /// Sorts a failed call by what can be done about it.
 fn classify(error: diffusion::PipelineError, batch_size: usize) -> PipelineError {
     use diffusion::PipelineError as E;
@@ -322,6 +248,7 @@ fn times(seconds: StageSeconds) -> StageTimes {
         denoise: Duration::from_secs_f64(seconds.denoise),
         vae: Duration::from_secs_f64(seconds.vae_decode + seconds.to_host),
         safety: Duration::from_secs_f64(seconds.safety_checker),
+        wait: Duration::ZERO,
     }
 }
 

@@ -17,7 +17,7 @@ use crate::amqp::{self, AmqpQueue, AmqpSettings};
 use crate::backoff::{Backoff, Chain, Patience};
 use crate::config::{Config, PipelineChoice};
 use crate::diffusion::LoadOptions;
-use crate::engine::Engine;
+use crate::engine::{Engine, Lanes};
 use crate::metrics::Metrics;
 use crate::model_files;
 use crate::object_store::S3ObjectStore;
@@ -86,7 +86,7 @@ async fn serve(
 ) -> Result<StopReason> {
     let trace = open_trace(config)?;
     let engine = tokio::select! {
-        engine = loading.run(trace.clone()) => engine?,
+        engine = loading.run(config.lanes(), trace.clone()) => engine?,
         () = shutdown.drain.cancelled() => return Ok(StopReason::Asked),
     };
     // Only now, so that no message waits while weights are read.
@@ -187,14 +187,14 @@ impl Loading {
 
     /// Loads the weights and checks side by side that they are the registered ones: the disk is read once for both. Other
     /// weights than the registered ones are the first thing to hear about.
-    async fn run(self, trace: Trace) -> Result<Engine> {
+    async fn run(self, lanes: Lanes, trace: Trace) -> Result<Engine> {
         let Self { load, files } = self;
         let verify = async {
             let Some((model, folder)) = files else { return Ok(()) };
             let verify = tokio::task::spawn_blocking(move || model_files::verify(&model, &folder));
             anyhow::Ok(verify.await.context("checking the model's files died")??)
         };
-        let (verified, engine) = tokio::join!(verify, Engine::load(load, trace));
+        let (verified, engine) = tokio::join!(verify, Engine::load(load, lanes, trace));
         verified?;
         Ok(engine?)
     }

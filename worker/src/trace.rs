@@ -1,7 +1,7 @@
 //! Where the time of each microbatch goes, as a file that Perfetto and `chrome://tracing` open. Off unless asked for.
 //!
-//! The format is Chrome's trace events, a JSON array of one object a line. What the engine's thread and the claimer do, one
-//! thing after the other, are lines of their own; everything else hangs below its microbatch, because several are
+//! The format is Chrome's trace events, a JSON array of one object a line. What the engine's threads and the claimer do, one
+//! thing after the other, are lines of their own, so that one sees what overlaps; everything else hangs below its microbatch, because several are
 //! under way at once. Spans name microbatches and stages and how many pictures they hold: no prompts, no seeds, no jobs.
 //!
 //! Stages only send: one thread of its own writes, so nobody waits for a disk. A process that is killed leaves an array without
@@ -28,15 +28,19 @@ pub enum Stage {
     Claim,
     /// From its claim until the engine's thread takes it.
     WaitForEngine,
-    /// In the engine, everything.
+    /// In the engine's first thread: everything, or all up to the last denoising step where a second finishes.
     Generate,
     /// Of that, embedding the prompts.
     Text,
     /// Of that, the denoising steps.
     Denoise,
-    /// Of that, latents to pixels.
+    /// From its last denoising step until the engine's second thread takes it.
+    WaitForDecoder,
+    /// In the engine's second thread: what is left.
+    Finish,
+    /// Latents to pixels, of whichever of the two does it.
     Decode,
-    /// Of that, the safety checker.
+    /// The safety checker, likewise.
     Safety,
     /// One picture to PNG.
     Encode,
@@ -52,6 +56,7 @@ pub enum Stage {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Line {
     Engine,
+    Decoder,
     Claimer,
     Microbatch,
 }
@@ -66,6 +71,8 @@ impl Stage {
             Self::Generate => "generate",
             Self::Text => "text",
             Self::Denoise => "denoise",
+            Self::WaitForDecoder => "wait for decoder",
+            Self::Finish => "finish",
             Self::Decode => "decode",
             Self::Safety => "safety",
             Self::Encode => "encode",
@@ -78,6 +85,7 @@ impl Stage {
     fn line(self) -> Line {
         match self {
             Self::Generate | Self::Text | Self::Denoise | Self::Decode | Self::Safety => Line::Engine,
+            Self::Finish => Line::Decoder,
             Self::Claim => Line::Claimer,
             _ => Line::Microbatch,
         }
@@ -114,7 +122,7 @@ struct Open {
 
 #[derive(Debug)]
 enum Message {
-    Span(Span),
+    Span(Span, Line),
     End,
 }
 
@@ -133,14 +141,18 @@ impl Trace {
 
     /// Notes a span.
     pub fn span(&self, span: Span) {
+        self.span_on(span, span.stage.line());
+    }
+
+    fn span_on(&self, span: Span, line: Line) {
         if let Some(open) = &self.0 {
             // The writer is gone when the disk is full; `close` tells.
-            let _ = open.spans.send(Message::Span(span));
+            let _ = open.spans.send(Message::Span(span, line));
         }
     }
 
-    /// Notes what one call of the engine was made of. Its stages are laid end to end from its start, by the lengths that the
-    /// pipeline measured.
+    /// Notes what one call of the engine, or a half of it, was made of. Its stages are laid end to end from its start, by the
+    /// lengths that the pipeline measured.
     pub fn generated(&self, call: Span, times: StageTimes) {
         if self.0.is_none() {
             return;
@@ -154,7 +166,7 @@ impl Trace {
         ];
         let mut from = call.from;
         for (stage, duration) in stages.into_iter().filter(|(_, duration)| *duration > Duration::ZERO) {
-            self.span(Span { stage, from, to: from + duration, ..call });
+            self.span_on(Span { stage, from, to: from + duration, ..call }, call.stage.line());
             from += duration;
         }
     }
@@ -203,14 +215,16 @@ struct Arguments<'a> {
 }
 
 const ENGINE_TID: u32 = 1;
-const CLAIMER_TID: u32 = 2;
-const MICROBATCHES_TID: u32 = 3;
+const DECODER_TID: u32 = 2;
+const CLAIMER_TID: u32 = 3;
+const MICROBATCHES_TID: u32 = 4;
 
 fn write(mut file: BufWriter<File>, origin: Instant, spans: &mpsc::Receiver<Message>) -> io::Result<()> {
     let pid = std::process::id();
     let names = [
         ("process_name", 0, "darkroom-worker"),
         ("thread_name", ENGINE_TID, "engine"),
+        ("thread_name", DECODER_TID, "decoder"),
         ("thread_name", CLAIMER_TID, "claimer"),
         ("thread_name", MICROBATCHES_TID, "microbatches"),
     ];
@@ -220,7 +234,7 @@ fn write(mut file: BufWriter<File>, origin: Instant, spans: &mpsc::Receiver<Mess
         let named = Event { name: kind, cat: "", ph: "M", ts: 0.0, dur: None, pid, tid, id: None, args };
         line(&mut file, &mut separator, &named)?;
     }
-    while let Ok(Message::Span(span)) = spans.recv() {
+    while let Ok(Message::Span(span, line_of)) = spans.recv() {
         let ts = microseconds(span.from.saturating_duration_since(origin));
         let dur = microseconds(span.to.saturating_duration_since(span.from));
         let args = || Arguments {
@@ -228,12 +242,14 @@ fn write(mut file: BufWriter<File>, origin: Instant, spans: &mpsc::Receiver<Mess
             microbatch: Some(span.microbatch_id.to_string()),
             pictures: Some(span.pictures),
         };
-        let (name, line_of) = (span.stage.name(), span.stage.line());
+        let name = span.stage.name();
         let event =
             |ph, tid, ts, dur, id| Event { name, cat: "darkroom", ph, ts, dur, pid, tid, id, args: args() };
+        let mut whole = |tid| line(&mut file, &mut separator, &event("X", tid, ts, Some(dur), None));
         match line_of {
-            Line::Engine => line(&mut file, &mut separator, &event("X", ENGINE_TID, ts, Some(dur), None))?,
-            Line::Claimer => line(&mut file, &mut separator, &event("X", CLAIMER_TID, ts, Some(dur), None))?,
+            Line::Engine => whole(ENGINE_TID)?,
+            Line::Decoder => whole(DECODER_TID)?,
+            Line::Claimer => whole(CLAIMER_TID)?,
             Line::Microbatch => {
                 let id = match span.picture {
                     Some(picture) => format!("{}/{picture}", span.microbatch_id),
@@ -297,6 +313,24 @@ mod tests {
         assert!(end(spans[2]) <= end(spans[0]), "and lie within their call");
         assert_eq!((&spans[3]["ph"], &spans[4]["ph"]), (&Value::from("b"), &Value::from("e")));
         assert_eq!(spans[3]["id"], spans[4]["id"]);
+    }
+
+    #[test]
+    fn what_the_second_thread_does_has_a_line_of_its_own() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("trace.json");
+        let trace = Trace::to_file(&path).unwrap();
+        let (from, microbatch_id) = (Instant::now(), MicrobatchId::generate());
+        let to = from + Duration::from_millis(5);
+        let span = |stage| Span { stage, microbatch_id, picture: None, pictures: 1, from, to };
+        let (denoise, vae) = (Duration::from_millis(4), Duration::from_millis(3));
+        trace.generated(span(Stage::Generate), StageTimes { denoise, ..StageTimes::default() });
+        trace.generated(span(Stage::Finish), StageTimes { vae, ..StageTimes::default() });
+        trace.close().unwrap();
+        let events: Vec<Value> = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+        let line_of = |name: &str| events.iter().find(|event| event["name"] == name).unwrap()["tid"].clone();
+        assert_eq!((line_of("generate"), line_of("finish")), (ENGINE_TID.into(), DECODER_TID.into()));
+        assert_eq!((line_of("denoise"), line_of("decode")), (ENGINE_TID.into(), DECODER_TID.into()));
     }
 
     #[test]

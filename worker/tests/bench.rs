@@ -104,6 +104,42 @@ fn a_picture_is_put_into_every_place_of_a_batch() {
     assert_eq!((&report["alone_is_equal"], &report["neighbors_differ"]), (&true.into(), &true.into()));
 }
 
+#[test]
+fn calls_in_a_row_are_finished_beside_the_next_or_after_one_another() {
+    let options = ["--size", "tiny", "--json", "--repeats", "1", "--warmup", "1", "--batch-sizes", "2"];
+    let row = ["--overlap-decode", "off,on", "--in-a-row", "3"];
+    let report = json(&succeeded(&bench(&options).args(row).output().unwrap()));
+    let runs = report["runs"].as_array().unwrap();
+    let overlaps: Vec<&Value> = runs.iter().map(|run| &run["overlap_decode"]).collect();
+    assert_eq!(overlaps, [&Value::from(false), &Value::from(true)]);
+    for run in runs {
+        let number = |pointer: &str| run.pointer(pointer).and_then(Value::as_f64).unwrap();
+        assert_eq!(run["in_a_row"], 3, "{run}");
+        assert!(number("/stages/denoise/median") > 0.0 && number("/stages/vae_decode/median") > 0.0, "{run}");
+        let rate = number("/images_per_second") * number("/seconds/median");
+        assert!((rate - 2.0).abs() < 1e-6, "times are one call's: {run}");
+    }
+    let stages = ["denoise", "text_encoder", "vae_decode", "to_host", "safety_checker"];
+    let median =
+        |stage: &&str| runs[0].pointer(&format!("/stages/{stage}/median")).unwrap().as_f64().unwrap();
+    let sum: f64 = stages.iter().map(median).sum();
+    let seconds = runs[0].pointer("/seconds/median").unwrap().as_f64().unwrap();
+    assert!(sum <= seconds, "one after the other, the stages are parts of the call");
+}
+
+#[test]
+fn a_picture_does_not_depend_on_what_is_decoded_beside_it() {
+    let options = ["--size", "tiny", "--check-company", "--batch-sizes", "3", "--overlap-decode", "off,on"];
+    let output = succeeded(&bench(&options).output().unwrap());
+    let reports: Vec<Value> = output.lines().map(json).collect();
+    let overlaps: Vec<&Value> = reports.iter().map(|report| &report["overlap_decode"]).collect();
+    assert_eq!(overlaps, [&Value::from(false), &Value::from(true)]);
+    for report in &reports {
+        assert_eq!((&report["calls"], &report["places_that_differ"]), (&4.into(), &serde_json::json!([])));
+        assert_eq!((&report["alone_is_equal"], &report["neighbors_differ"]), (&true.into(), &true.into()));
+    }
+}
+
 /// The pixels in a file that `--outputs` wrote.
 fn pixels(path: &Path) -> Vec<u8> {
     let bytes = std::fs::read(path).unwrap();

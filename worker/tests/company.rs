@@ -11,8 +11,8 @@ use std::process::Command;
 use golden::{F32, pipeline};
 use tch::{Kind, Tensor};
 use worker::diffusion::{
-    BatchSize, Batching, GenerationParameters, ImageRequest, PipelineError, Recipe, SchedulerKind,
-    StableDiffusionPipeline, StepControl,
+    BatchSize, Batching, GenerationParameters, ImageError, ImageRequest, PipelineError, Recipe,
+    SchedulerKind, StableDiffusionPipeline, StepControl, StepProgress,
 };
 
 const PLACES: usize = 4;
@@ -117,6 +117,43 @@ fn what_a_batch_computed_on_leaves_nothing_to_the_next() {
         assert!(matches!(stopped, Err(PipelineError::Stopped { step_index: 2 })));
         assert!(fresh == bits_of(&pipeline, &[job()], &parameters, 0), "{scheduler}");
     }
+}
+
+/// What a microbatch waits with between denoising and decoding is its own, though the next one is denoised on the same buffers, and
+/// a finisher gives the same bits on another thread, meanwhile, twice, and without the pictures that are not wanted.
+#[test]
+fn what_waits_to_be_decoded_is_not_touched_by_the_next_call() {
+    let pipeline = pipeline("tiny", &F32);
+    pipeline.set_batching(PADDED);
+    let parameters = parameters(SchedulerKind::Pndm, Recipe::default());
+    let go_on = &mut |_: &StepProgress<'_>| StepControl::Continue;
+    let whole = pipeline.generate(&neighbors(0), &parameters, go_on).unwrap().images;
+    let waiting = pipeline.denoise(&neighbors(0), &parameters, go_on).unwrap();
+    let finisher = pipeline.finisher();
+    let finishing = std::thread::spawn(move || {
+        let all = finisher.finish(&waiting, &[]).unwrap().images;
+        (all, finisher.finish(&waiting, &[false, true, false, false]).unwrap().images, waiting)
+    });
+    pipeline.denoise(&neighbors(1), &parameters, go_on).unwrap();
+    let (all, without, waiting) = finishing.join().unwrap();
+    assert_eq!(all, whole);
+    assert_eq!(pipeline.finisher().finish(&waiting, &[]).unwrap().images, whole, "after the next call");
+    assert!(matches!(without[1], Err(ImageError::Dropped { .. })));
+    for place in [0, 2, 3] {
+        assert_eq!(without[place], whole[place]);
+    }
+}
+
+#[test]
+fn fewer_are_decoded_at_once_until_it_is_one() {
+    let pipeline = pipeline("tiny", &F32);
+    pipeline.set_batching(Batching { decode_size: 4, ..PADDED });
+    let parameters = parameters(SchedulerKind::Pndm, Recipe::default());
+    let denoised = pipeline.denoise(&neighbors(0), &parameters, &mut |_| StepControl::Continue).unwrap();
+    let finisher = pipeline.finisher();
+    let fewer: Vec<Option<usize>> = (0..3).map(|_| finisher.decode_fewer(&denoised)).collect();
+    assert_eq!(fewer, [Some(2), Some(1), None]);
+    assert!(finisher.finish(&denoised, &[]).unwrap().images.iter().all(Result::is_ok));
 }
 
 #[test]

@@ -191,6 +191,7 @@ fn what_computed_a_picture_on_a_gpu_is_in_its_record_and_nothing_of_a_cpu() {
         cudnn: "9.19.0".to_owned(),
         kernels: "fused sm_90a".to_owned(),
         batch_size: 33,
+        decode_size: 4,
     });
     let on_gpu = GeneratedImage { engine: Some(engine.clone()), ..on_cpu.clone() };
     let record = |image: &GeneratedImage| {

@@ -163,13 +163,14 @@ const COMPLETE: &str = "
             has_nsfw_concept, concept_scores, special_care_scores, prompt_truncated,
             weights_sha256, device, dtype, noise_dtype, guidance_start, guidance_stop, cache_interval,
             engine_gpu, engine_driver, engine_torch, engine_cudnn, engine_kernels, engine_batch_size,
+            engine_decode_size,
             text_encoder_ms, denoise_ms, vae_ms, safety_ms, encode_ms, upload_ms)
         SELECT image_id, job_id, batch_id, acceptance_id, lease_generation, worker_id,
                bucket, object_key, sha256, size_bytes, width, height, seed,
                has_nsfw_concept, concept_scores, special_care_scores, prompt_truncated,
                weights_sha256, device, dtype, noise_dtype, guidance_start, guidance_stop, cache_interval,
                engine ->> 'gpu', engine ->> 'driver', engine ->> 'torch', engine ->> 'cudnn', engine ->> 'kernels',
-               (engine ->> 'batch_size')::integer,
+               (engine ->> 'batch_size')::integer, (engine ->> 'decode_size')::integer,
                text_encoder_ms, denoise_ms, vae_ms, safety_ms, encode_ms, upload_ms
         FROM held JOIN given USING (job_id) JOIN batches USING (batch_id)
         RETURNING job_id, lease_generation, image_id

@@ -70,15 +70,16 @@ async fn what_computed_a_picture_on_a_gpu_is_in_its_row_and_nothing_of_a_cpu() {
         cudnn: "9.19.0".into(),
         kernels: "fused sm_90a".into(),
         batch_size: 33,
+        decode_size: 4,
     };
     let on_gpu = schema::CompletedJob { engine: Some(engine), ..completed(&claimed[0], worker_id) };
     let on_cpu = completed(&claimed[1], worker_id);
     let answers = fixture.catalog.complete_if_leased(&[on_gpu, on_cpu]).await.unwrap();
     assert!(answers.iter().all(Result::is_ok));
     let rows = "SELECT count(*) FROM v_images WHERE job_id = '{}' AND
-                (engine_gpu, engine_driver, engine_torch, engine_cudnn, engine_kernels, engine_batch_size)";
+                (engine_gpu, engine_driver, engine_torch, engine_cudnn, engine_kernels, engine_batch_size, engine_decode_size)";
     let of = |index: usize| rows.replace("{}", &job_ids[index].to_string());
-    let told = "= ('NVIDIA H200', '580.1', '2.11.0', '9.19.0', 'fused sm_90a', 33)";
+    let told = "= ('NVIDIA H200', '580.1', '2.11.0', '9.19.0', 'fused sm_90a', 33, 4)";
     assert_eq!(fixture.count(&format!("{} {told}", of(0))).await, 1);
     assert_eq!(fixture.count(&format!("{} IS NULL", of(1))).await, 1);
 }

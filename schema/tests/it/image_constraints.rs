@@ -47,6 +47,7 @@ async fn an_image_row_counts_and_stays() {
             "engine_cudnn",
             "engine_kernels",
             "engine_batch_size",
+            "engine_decode_size",
             "text_encoder_ms",
             "denoise_ms",
             "vae_ms",
@@ -76,8 +77,16 @@ async fn an_image_row_counts_and_stays() {
     let mut engine = ["gpu", "driver", "torch", "cudnn", "kernels"]
         .map(|part| (format!("engine_{part}"), "'known'"))
         .to_vec();
-    engine.push(("engine_batch_size".to_owned(), "0"));
-    let engine: Vec<(&str, &str)> = engine.iter().map(|(name, value)| (name.as_str(), *value)).collect();
+    engine.push(("engine_batch_size".to_owned(), "1"));
+    engine.push(("engine_decode_size".to_owned(), "1"));
+    // All known, but for one that has another value.
+    let engine = |changed: &str, value: &'static str| {
+        let one = |(name, known): &(String, &'static str)| {
+            (name.clone(), if name == changed { value } else { known })
+        };
+        let columns: Vec<(String, &str)> = engine.iter().map(one).collect();
+        copy(&columns.iter().map(|(name, value)| (name.as_str(), *value)).collect::<Vec<_>>())
+    };
     let refusals = [
         ("image_counts", copy(&[])),
         ("images_job_id_key", copy(&[("job_id", &first)])),
@@ -99,7 +108,8 @@ async fn an_image_row_counts_and_stays() {
         ("images_verdict_whole", copy(&[("concept_scores", "NULL")])),
         ("images_scores_are_numbers", copy(&[("concept_scores", "'{NaN}'")])),
         ("images_engine_whole", copy(&[("engine_gpu", "'NVIDIA H200'")])),
-        ("images_engine_batch_size", copy(&engine)),
+        ("images_engine_batch_size", engine("engine_batch_size", "0")),
+        ("images_engine_decode_size", engine("engine_decode_size", "0")),
         ("images_worker_fkey", copy(&[("worker_id", "gen_random_uuid()")])),
         ("images_are_kept", "UPDATE images SET seed = 1".to_owned()),
         ("images_are_kept", "DELETE FROM images".to_owned()),

@@ -361,4 +361,15 @@ pub const GUARDS: &[Guard] = &[
         target: Target::WorkerCompany,
         tests: &["in_every_place_of_a_batch_of_one_size_a_picture_has_the_same_bits"],
     },
+    Guard {
+        promise: "P8",
+        what: "what waits to be decoded lies apart from what the next call writes to",
+        cuts: &[Cut {
+            file: "worker/src/diffusion/pipeline_stable_diffusion/denoising.rs",
+            text: "Ok(if is_batched { copy_of(&picture.latents)? } else { picture.latents })",
+            replacement: "Ok(if is_batched { picture.latents.shallow_clone() } else { picture.latents })",
+        }],
+        target: Target::WorkerCompany,
+        tests: &["what_waits_to_be_decoded_is_not_touched_by_the_next_call"],
+    },
 ];

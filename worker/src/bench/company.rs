@@ -3,7 +3,7 @@
 
 use serde::Serialize;
 
-use super::measure::{self, Bench, Call};
+use super::measure::{self, Bench};
 use crate::diffusion::{BatchSize, Batching, ImageRequest};
 
 /// The answer.
@@ -14,6 +14,8 @@ pub struct CompanyReport {
     /// Pictures computed at once.
     batch_size: usize,
     graph: bool,
+    /// Whether each call was finished while the next was denoised.
+    overlap_decode: bool,
     /// Denoising steps that were replayed from a graph, over all calls.
     replayed_steps: usize,
     /// Calls made: one for each place, and one without real neighbors.
@@ -46,18 +48,20 @@ pub fn check(bench: &mut Bench<'_>) -> anyhow::Result<CompanyReport> {
         }
         requests
     };
-    let mut replayed_steps = 0;
-    let mut one_call = |bench: &mut Bench<'_>, requests: Vec<ImageRequest>| -> anyhow::Result<Call> {
-        bench.requests = requests;
-        let call = bench.call()?;
-        replayed_steps += call.replayed_steps.unwrap_or(0);
-        Ok(call)
-    };
-    let (mut first, mut places_that_differ, mut neighbors_differ) = (None, Vec::new(), true);
-    for place in 0..batch_size {
+    let in_place = |place: usize| {
         let mut requests = neighbors(place);
         requests[place] = job.clone();
-        let call = one_call(bench, requests)?;
+        requests
+    };
+    let microbatches: Vec<_> = (0..batch_size).map(in_place).chain([vec![job.clone()]]).collect();
+    let (mut first, mut places_that_differ, mut neighbors_differ) = (None, Vec::new(), true);
+    let (mut place, mut replayed_steps, mut alone_is_equal) = (0, 0, false);
+    bench.row(&microbatches, |call| {
+        replayed_steps += call.replayed_steps.unwrap_or(0);
+        if place == batch_size {
+            alone_is_equal = first == Some(call.bits_of(0));
+            return;
+        }
         let bits = call.bits_of(place);
         neighbors_differ &=
             (0..batch_size).filter(|&other| other != place).all(|other| call.bits_of(other) != bits);
@@ -66,17 +70,18 @@ pub fn check(bench: &mut Bench<'_>) -> anyhow::Result<CompanyReport> {
             Some(first) if *first != bits => places_that_differ.push(place),
             Some(_) => {}
         }
-    }
-    let alone = one_call(bench, vec![job])?;
+        place += 1;
+    })?;
     Ok(CompanyReport {
         device: bench.device().to_string(),
         dtype: bench.dtype().to_string(),
         batch_size,
         graph: bench.batching.graph,
+        overlap_decode: bench.lane.is_some(),
         replayed_steps,
         calls: batch_size + 1,
         places_that_differ,
-        alone_is_equal: first == Some(alone.bits_of(0)),
+        alone_is_equal,
         neighbors_differ,
     })
 }

@@ -8,9 +8,10 @@ use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView};
 use serde::Serialize;
 
+use super::decode_lane::DecodeLane;
 use crate::diffusion::{
-    Batching, ComputeDevice, ComputeDtype, Generation, GenerationParameters, ImageRequest, PipelineError,
-    StableDiffusionPipeline, StageSeconds, StepControl,
+    Batching, ComputeDevice, ComputeDtype, Denoised, Finisher, GenerationParameters, ImageRequest,
+    PipelineError, StableDiffusionPipeline, StageSeconds, StepControl,
 };
 
 /// A pipeline and what every call asks of it.
@@ -25,6 +26,10 @@ pub struct Bench<'p> {
     pub batching: Batching,
     /// Whether a call ends after its last denoising step.
     pub denoise_only: bool,
+    /// What finishes a call while the next is denoised; `None` if one comes after the other.
+    pub lane: Option<&'p DecodeLane>,
+    /// Calls that are measured as one, at least one.
+    pub in_a_row: usize,
 }
 
 /// Prompts and seeds are the picture's number, so that another program can ask for the same.
@@ -95,61 +100,152 @@ impl Bench<'_> {
         self.requests.iter().all(ImageRequest::do_classifier_free_guidance)
     }
 
-    /// Makes the pictures once.
+    /// Makes the pictures, several times if calls are measured in a row: then times are one call's mean.
     pub fn call(&self) -> anyhow::Result<Call> {
         let (start, cpu_start) = (Instant::now(), cpu_seconds());
+        let mut calls = Vec::with_capacity(self.in_a_row);
+        self.row(&vec![self.requests.clone(); self.in_a_row], |call| calls.push(call))?;
+        let (seconds, cpu_seconds) = (start.elapsed().as_secs_f64(), cpu_seconds() - cpu_start);
+        let count = calls.len() as f64;
+        let mean = |value: fn(&Call) -> f64| calls.iter().map(value).sum::<f64>() / count;
+        let times = Call {
+            seconds: seconds / count,
+            cpu_seconds: cpu_seconds / count,
+            first_step_seconds: calls[0].first_step_seconds,
+            denoised_seconds: mean(|call| call.denoised_seconds),
+            denoised_cpu_seconds: mean(|call| call.denoised_cpu_seconds),
+            stages: StageSeconds {
+                text_encoder: mean(|call| call.stages.text_encoder),
+                denoise: mean(|call| call.stages.denoise),
+                vae_decode: mean(|call| call.stages.vae_decode),
+                to_host: mean(|call| call.stages.to_host),
+                safety_checker: mean(|call| call.stages.safety_checker),
+            },
+            num_steps: calls[0].num_steps,
+            replayed_steps: calls[calls.len() - 1].replayed_steps,
+            outputs: Outputs::default(),
+        };
+        Ok(Call { outputs: calls.swap_remove(0).outputs, ..times })
+    }
+
+    /// Makes the pictures of several microbatches, each finished while the next is denoised if there is a lane for it. `each` is
+    /// given the calls in order.
+    pub fn row(&self, microbatches: &[Vec<ImageRequest>], mut each: impl FnMut(Call)) -> anyhow::Result<()> {
+        let Some(lane) = self.lane else {
+            for requests in microbatches {
+                each(self.begin(requests)?.finish(&self.pipeline.finisher())?);
+            }
+            return Ok(());
+        };
+        let mut there = 0;
+        for requests in microbatches {
+            let begun = self.begin(requests);
+            if let Ok(begun) = begun {
+                lane.hand_over(self.pipeline.finisher(), begun)?;
+                there += 1;
+            } else {
+                // What is under way ends first: the lane may be used again.
+                (0..there).try_for_each(|_| lane.receive().map(drop))?;
+                return begun.map(drop);
+            }
+            while let Some(call) = lane.try_receive() {
+                there -= 1;
+                each(call?);
+            }
+        }
+        (0..there).try_for_each(|_| lane.receive().map(&mut each))
+    }
+
+    /// The first half of a call.
+    fn begin(&self, requests: &[ImageRequest]) -> anyhow::Result<Begun> {
+        let (start, cpu_start) = (Instant::now(), cpu_seconds());
         let elapsed = || (start.elapsed().as_secs_f64(), cpu_seconds() - cpu_start);
-        let (mut first_step_seconds, mut denoised) = (None, (0.0, 0.0));
+        let (mut first_step_seconds, mut denoised_at) = (None, (0.0, 0.0));
         let mut num_steps = 0;
         let mut latents = Ok(Vec::new());
         self.pipeline.set_batching(self.batching);
-        let generation = self.pipeline.generate(&self.requests, &self.parameters, &mut |progress| {
+        let denoised = self.pipeline.denoise(requests, &self.parameters, &mut |progress| {
             first_step_seconds.get_or_insert_with(|| elapsed().0);
             num_steps = progress.num_steps;
             if progress.step_index + 1 == progress.num_steps {
                 latents = progress.latents_f32();
-                denoised = elapsed();
+                denoised_at = elapsed();
                 if self.denoise_only {
                     return StepControl::Stop;
                 }
             }
             StepControl::Continue
         });
-        let (seconds, cpu_seconds) = elapsed();
-        let (stages, images, replayed_steps) = match generation {
-            Ok(Generation { images, seconds, replayed_steps, .. }) => (seconds, images, Some(replayed_steps)),
-            Err(PipelineError::Stopped { .. }) => {
-                (StageSeconds { denoise: denoised.0, ..StageSeconds::default() }, Vec::new(), None)
-            }
+        let denoised = match denoised {
+            Ok(denoised) => Some(denoised),
+            Err(PipelineError::Stopped { .. }) => None,
             Err(error) => return Err(error.into()),
         };
-        let pixels = images.into_iter().map(|image| image.map(|image| image.pixels));
-        let pixels = pixels.collect::<Result<Vec<_>, _>>().context("a picture could not be made")?;
-        Ok(Call {
-            seconds,
-            cpu_seconds,
-            first_step_seconds: first_step_seconds.unwrap_or(seconds),
-            denoised_seconds: denoised.0,
-            denoised_cpu_seconds: denoised.1,
-            stages,
+        Ok(Begun {
+            start,
+            cpu_start,
+            first_step_seconds: first_step_seconds.unwrap_or(denoised_at.0),
+            denoised_seconds: denoised_at.0,
+            denoised_cpu_seconds: denoised_at.1,
             num_steps,
-            replayed_steps,
-            outputs: self.outputs(&latents?, &pixels),
+            outputs: self.outputs(&latents?, requests.len()),
+            denoised,
         })
     }
 
-    fn outputs(&self, latents: &[Vec<f32>], pixels: &[Vec<u8>]) -> Outputs {
+    fn outputs(&self, latents: &[Vec<f32>], batch_size: usize) -> Outputs {
         let scale = self.pipeline.vae_scale_factor() as usize;
         let (height, width) = (self.parameters.height as usize, self.parameters.width as usize);
         let (rows, columns) = (height / scale, width / scale);
         let latents = latents.concat();
-        let batch_size = self.batch_size();
         Outputs {
             latents_shape: vec![batch_size, latents.len() / (batch_size * rows * columns), rows, columns],
-            pixels_shape: vec![pixels.len(), height, width, 3],
+            pixels_shape: vec![0, height, width, 3],
             latents,
-            pixels: pixels.concat(),
+            pixels: Vec::new(),
         }
+    }
+}
+
+/// A call whose first half is done.
+pub(super) struct Begun {
+    start: Instant,
+    cpu_start: f64,
+    first_step_seconds: f64,
+    denoised_seconds: f64,
+    denoised_cpu_seconds: f64,
+    num_steps: usize,
+    /// Without pixels.
+    outputs: Outputs,
+    /// `None` if the call ends here.
+    denoised: Option<Denoised>,
+}
+
+impl Begun {
+    /// The second half.
+    pub(super) fn finish(self, finisher: &Finisher) -> anyhow::Result<Call> {
+        let mut outputs = self.outputs;
+        let denoise = StageSeconds { denoise: self.denoised_seconds, ..StageSeconds::default() };
+        let (mut stages, mut replayed_steps) = (denoise, None);
+        if let Some(denoised) = self.denoised {
+            let generation = finisher.finish(&denoised, &[])?;
+            (stages, replayed_steps) = (generation.seconds, Some(generation.replayed_steps));
+            let pixels = generation.images.into_iter().map(|image| image.map(|image| image.pixels));
+            let pixels = pixels.collect::<Result<Vec<_>, _>>().context("a picture could not be made")?;
+            outputs.pixels_shape[0] = pixels.len();
+            outputs.pixels = pixels.concat();
+        }
+        Ok(Call {
+            seconds: self.start.elapsed().as_secs_f64(),
+            cpu_seconds: cpu_seconds() - self.cpu_start,
+            first_step_seconds: self.first_step_seconds,
+            denoised_seconds: self.denoised_seconds,
+            denoised_cpu_seconds: self.denoised_cpu_seconds,
+            stages,
+            num_steps: self.num_steps,
+            replayed_steps,
+            outputs,
+        })
     }
 }
 

@@ -90,6 +90,10 @@ pub struct Run {
     /// Whether steps were to be launched as graphs, and how many of a call's were replayed from one.
     graph: bool,
     replayed_steps: Option<usize>,
+    /// Whether a call was finished while the next was denoised.
+    overlap_decode: bool,
+    /// Calls that were measured as one; times are one call's mean.
+    in_a_row: usize,
     /// Making or reading the model; the same for all batch sizes of a dtype.
     load_seconds: f64,
     calls: usize,
@@ -237,17 +241,17 @@ impl Report {
                 "first latents differ from the reference by {difference:.1e} of their largest value"
             );
         }
-        let mut row = |cells: [&str; 12]| {
-            let [dtype, batch, graph, cells @ ..] = cells;
-            let _ = write!(table, "{dtype:<5} {batch:>5} {graph:>5}");
+        let mut row = |cells: [&str; 13]| {
+            let [dtype, batch, graph, overlap, cells @ ..] = cells;
+            let _ = write!(table, "{dtype:<5} {batch:>5} {graph:>5} {overlap:>7}");
             for cell in cells {
                 let _ = write!(table, " {cell:>9}");
             }
             table.push('\n');
         };
         row([
-            "dtype", "batch", "graph", "s/call", "(min", "max)", "images/s", "TFLOP/s", "of peak", "denoise",
-            "decode", "MiB",
+            "dtype", "batch", "graph", "overlap", "s/call", "(min", "max)", "images/s", "TFLOP/s", "of peak",
+            "denoise", "decode", "MiB",
         ]);
         let seconds = |seconds: f64| format!("{seconds:.3}");
         for run in &self.runs {
@@ -256,6 +260,7 @@ impl Report {
                 &run.dtype,
                 &run.batch_size.to_string(),
                 if run.graph { "on" } else { "off" },
+                if run.overlap_decode { "on" } else { "off" },
                 &seconds(run.seconds.median),
                 &seconds(run.seconds.min),
                 &seconds(run.seconds.max),
@@ -293,6 +298,8 @@ impl Run {
             computed_at_once: bench.batching.batch_size(bench.batch_size()).unwrap_or(1),
             graph: bench.batching.graph,
             replayed_steps: calls[calls.len() - 1].replayed_steps,
+            overlap_decode: bench.lane.is_some(),
+            in_a_row: bench.in_a_row,
             load_seconds,
             calls: calls.len(),
             seconds,

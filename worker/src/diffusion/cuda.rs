@@ -4,6 +4,8 @@
 //! It can be missing, from a program that was built without CUDA's headers. Then a GPU still draws, kernel by kernel and
 //! without the promise that a picture's last bits do not depend on its company; the log says so.
 
+mod streams;
+
 use std::ffi::{CStr, c_char, c_int};
 use std::fs::File;
 use std::io::Write as _;
@@ -13,8 +15,11 @@ use std::sync::OnceLock;
 
 use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
 use nix::libc;
+use tch::TchError;
 use tracing::{info, warn};
 
+use self::streams::{AtTensor, StreamMark};
+pub use self::streams::{Mark, keep_for_current_stream, use_own_stream};
 use super::device::linkers_words;
 
 /// The compiled `worker/cuda/shim.cpp`; empty if it could not be compiled.
@@ -102,6 +107,11 @@ struct Shim {
     graph_end: unsafe extern "C" fn(*mut StepGraph) -> Said,
     graph_replay: unsafe extern "C" fn(*mut StepGraph) -> Said,
     graph_free: unsafe extern "C" fn(*mut StepGraph),
+    use_own_stream: unsafe extern "C" fn(c_int) -> Said,
+    mark_new: unsafe extern "C" fn(c_int, *mut *mut StreamMark) -> Said,
+    mark_wait: unsafe extern "C" fn(*mut StreamMark) -> Said,
+    mark_free: unsafe extern "C" fn(*mut StreamMark),
+    keep_for_current_stream: unsafe extern "C" fn(*const AtTensor) -> Said,
 }
 
 /// The shim, opened once in the process and never closed. libtorch's CUDA half has to be open already.
@@ -149,6 +159,11 @@ impl Shim {
                 graph_end: function!("graph_end"),
                 graph_replay: function!("graph_replay"),
                 graph_free: function!("graph_free"),
+                use_own_stream: function!("use_own_stream"),
+                mark_new: function!("mark_new"),
+                mark_wait: function!("mark_wait"),
+                mark_free: function!("mark_free"),
+                keep_for_current_stream: function!("keep_for_current_stream"),
             })
         }
     }
@@ -162,6 +177,11 @@ fn heard(said: Said) -> Result<(), CudaError> {
     // SAFETY: the shim gives back a C string, valid until this thread's next call.
     let reason = unsafe { CStr::from_ptr(said) }.to_string_lossy().into_owned();
     Err(CudaError::Refused { reason })
+}
+
+/// The error as one of libtorch's: a GPU that refuses these fails at everything.
+pub(super) fn refused(error: CudaError) -> TchError {
+    TchError::Torch(error.to_string())
 }
 
 /// Variables that CUDA's libraries read when they are opened: cuBLAS repeats its bits on several streams only with
@@ -330,6 +350,22 @@ mod tests {
             (Ok(()), Err(CudaError::Refused { reason })) => assert!(reason.contains("driver"), "{reason}"),
             (Ok(()), Ok(_)) => {}
             (libraries, graph) => panic!("{libraries:?}, {graph:?}"),
+        }
+    }
+
+    /// As above: without a driver libtorch refuses a stream, with one it gives it.
+    #[test]
+    fn a_stream_of_its_own_is_given_or_refused_in_words() {
+        let libraries = open_cuda_libraries();
+        let own = std::thread::spawn(|| use_own_stream(0)).join().expect("it does not panic");
+        match (libraries, own) {
+            (_, Err(CudaError::NotBuilt)) => assert!(SHIM.is_empty()),
+            (Err(_), Err(CudaError::Open { reason })) => {
+                assert!(reason.contains("undefined symbol"), "{reason}");
+            }
+            (Ok(()), Err(CudaError::Refused { reason })) => assert!(!reason.is_empty()),
+            (Ok(()), Ok(())) => {}
+            (libraries, own) => panic!("{libraries:?}, {own:?}"),
         }
     }
 }

@@ -11,6 +11,7 @@
 mod batched;
 mod batching;
 mod denoising;
+mod finishing;
 mod generation;
 mod loading;
 mod recipe;
@@ -18,12 +19,15 @@ mod static_buffers;
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::time::Instant;
 
-use tch::{Device, Kind, TchError, Tensor};
+use tch::{TchError, Tensor};
 
 pub use self::batching::{BatchSize, Batching};
-use self::denoising::{Denoised, Denoising};
+use self::denoising::Denoising;
+use self::finishing::DenoisedPicture;
+pub use self::finishing::{Denoised, Finisher};
 pub use self::generation::{
     GeneratedImage, Generation, GenerationParameters, ImageError, ImageRequest, InputFault, NoiseKind,
     PipelineError, Stage, StageSeconds, StepControl, StepProgress, size_faults,
@@ -31,14 +35,12 @@ pub use self::generation::{
 pub use self::loading::LoadOptions;
 pub use self::recipe::Recipe;
 use self::static_buffers::StaticBuffers;
-use super::clip_image_processor::{CLIPImageProcessor, RgbPixels};
 use super::clip_tokenizer::CLIPTokenizer;
+use super::cuda::{Mark, refused};
 use super::device::{ComputeDevice, prepare_thread};
 use super::kernels::Kernels;
-use super::models::autoencoder_kl::AutoencoderKL;
 use super::models::clip_text_model::CLIPTextModel;
 use super::models::unet_2d_condition::UNet2DConditionModel;
-use super::safety_checker::{SafetyCheckError, SafetyVerdict, StableDiffusionSafetyChecker};
 use super::schedulers::{SchedulerConfig, SchedulerKind};
 
 /// `StableDiffusionPipeline`.
@@ -47,8 +49,8 @@ pub struct StableDiffusionPipeline {
     tokenizer: CLIPTokenizer,
     text_encoder: CLIPTextModel,
     unet: UNet2DConditionModel,
-    vae: AutoencoderKL,
-    safety: Option<(CLIPImageProcessor, StableDiffusionSafetyChecker)>,
+    /// The models of the second half.
+    finisher: Arc<Finisher>,
     /// The negative prompt that was encoded last: most pictures of a process share one, the empty one. Written and read
     /// by [`StableDiffusionPipeline::encode_prompts`] alone.
     last_negative: RefCell<Option<(String, Encoded)>>,
@@ -87,7 +89,7 @@ impl StableDiffusionPipeline {
 
     /// Whether pictures get a verdict. Without a safety checker none does.
     pub fn has_safety_checker(&self) -> bool {
-        self.safety.is_some()
+        self.finisher.safety.is_some()
     }
 
     /// Where and in which precision the models compute.
@@ -110,8 +112,8 @@ impl StableDiffusionPipeline {
         self.batching.set(batching);
     }
 
-    /// Makes the pictures of one microbatch. `on_step` is called after each denoising step and can stop the call or
-    /// drop pictures from it.
+    /// Makes the pictures of one microbatch: [`Self::denoise`], then [`Finisher::finish`]. `on_step` is called after each
+    /// denoising step and can stop the call or drop pictures from it.
     ///
     /// Fails as a whole if the inputs break a rule, `on_step` stops it or libtorch refuses an operation (a GPU out of
     /// memory, for example); what concerns one picture is that picture's error.
@@ -121,42 +123,55 @@ impl StableDiffusionPipeline {
         parameters: &GenerationParameters,
         on_step: &mut dyn FnMut(&StepProgress<'_>) -> StepControl,
     ) -> Result<Generation, PipelineError> {
+        self.finisher.finish(&self.denoise(requests, parameters, on_step)?, &[])
+    }
+
+    /// The first half of [`Self::generate`], from prompts to latents. What it gives is its own: the next call changes nothing
+    /// in it.
+    pub fn denoise(
+        &self,
+        requests: &[ImageRequest],
+        parameters: &GenerationParameters,
+        on_step: &mut dyn FnMut(&StepProgress<'_>) -> StepControl,
+    ) -> Result<Denoised, PipelineError> {
         self.check_inputs(requests, parameters)?;
         let _no_grad = tch::no_grad_guard();
         if self.options.device == ComputeDevice::Cpu {
             prepare_thread();
         }
         let mut seconds = StageSeconds::default();
-
         let encoded = timed(&mut seconds.text_encoder, || self.encode_prompts(requests))?;
-        let denoised = timed(&mut seconds.denoise, || {
+        let of_all = timed(&mut seconds.denoise, || {
             Denoising::start(self, requests, parameters, &encoded)?.run(on_step)
         })?;
+        let truncated = |prompt: &str| encoded.get(prompt).and_then(|(_, rest)| rest.clone());
+        let pictures = requests.iter().zip(of_all.latents).map(|(request, latents)| DenoisedPicture {
+            latents,
+            seed: request.seed,
+            truncated_prompt: truncated(&request.prompt),
+            truncated_negative_prompt: request
+                .do_classifier_free_guidance()
+                .then(|| truncated(&request.negative_prompt))
+                .flatten(),
+        });
+        Ok(Denoised {
+            pictures: pictures.collect(),
+            parameters: *parameters,
+            noise: self.noise(parameters),
+            batching: self.batching.get(),
+            seconds,
+            batch_size: of_all.batch_size,
+            replayed_steps: of_all.replayed_steps,
+            done: match self.options.device {
+                ComputeDevice::Cpu => None,
+                ComputeDevice::Cuda(index) => Mark::record(index).map_err(refused)?,
+            },
+        })
+    }
 
-        let Denoised { latents, batch_size, replayed_steps } = denoised;
-        let mut images: Vec<Option<Result<GeneratedImage, ImageError>>> =
-            requests.iter().map(|_| None).collect();
-        let mut to_decode = Vec::new();
-        for (index, latents) in latents.into_iter().enumerate() {
-            match latents {
-                Ok(latents) => to_decode.push((index, latents)),
-                Err(error) => images[index] = Some(Err(error)),
-            }
-        }
-        for group in to_decode.chunks(self.batching.get().decode_size.max(1)) {
-            let latents: Vec<&Tensor> = group.iter().map(|(_, latents)| latents).collect();
-            let pixels = self.decode(&latents, &mut seconds)?;
-            for (&(index, _), pixels) in group.iter().zip(pixels) {
-                images[index] = Some(match pixels {
-                    Some(pixels) => {
-                        self.finish(&requests[index], parameters, pixels, &encoded, &mut seconds)?
-                    }
-                    None => Err(ImageError::NonFinite { stage: Stage::VaeDecode }),
-                });
-            }
-        }
-        let images = images.into_iter().flatten().collect();
-        Ok(Generation { images, seconds, batch_size, replayed_steps })
+    /// What finishes this pipeline's calls, on any thread: also while the pipeline denoises the next.
+    pub fn finisher(&self) -> Arc<Finisher> {
+        self.finisher.clone()
     }
 
     /// The embedding of each different prompt and, with guidance, negative prompt of the requests.
@@ -200,79 +215,6 @@ impl StableDiffusionPipeline {
         Ok((self.text_encoder.forward(&input_ids)?, tokenized.truncated))
     }
 
-    /// Each picture's latents to RGB bytes; `None` where the numbers are not finite.
-    fn decode(
-        &self,
-        latents: &[&Tensor],
-        seconds: &mut StageSeconds,
-    ) -> Result<Vec<Option<Vec<u8>>>, PipelineError> {
-        let batch_size = self.batching.get().decode_batch_size(latents.len());
-        let (image, are_finite) = timed(&mut seconds.vae_decode, || -> Result<_, TchError> {
-            let rows: Vec<&Tensor> =
-                (0..batch_size).map(|i| *latents.get(i).unwrap_or(&latents[0])).collect();
-            let image = self.vae.decode(&Tensor::f_cat(&rows, 0)?)?;
-            let are_finite = image.f_isfinite()?.f_flatten(1, -1)?.f_all_dim(1, false)?;
-            Ok((image, Vec::<bool>::try_from(are_finite.f_to_device(Device::Cpu)?)?))
-        })?;
-        let bytes = timed(&mut seconds.to_host, || to_pixels(&image))?;
-        let per_picture = bytes.len() / batch_size;
-        let pictures = bytes.chunks_exact(per_picture).zip(are_finite).take(latents.len());
-        Ok(pictures.map(|(bytes, is_finite)| is_finite.then(|| bytes.to_vec())).collect())
-    }
-
-    /// RGB bytes to a checked picture.
-    fn finish(
-        &self,
-        request: &ImageRequest,
-        parameters: &GenerationParameters,
-        mut pixels: Vec<u8>,
-        encoded: &HashMap<&str, Encoded>,
-        seconds: &mut StageSeconds,
-    ) -> Result<Result<GeneratedImage, ImageError>, PipelineError> {
-        let safety = match timed(&mut seconds.safety_checker, || self.run_safety_checker(&pixels, parameters))
-        {
-            Ok(verdict) => verdict,
-            Err(SafetyCheckError::NonFinite) => {
-                return Ok(Err(ImageError::NonFinite { stage: Stage::SafetyChecker }));
-            }
-            Err(SafetyCheckError::Tensor(error)) => return Err(error.into()),
-        };
-        if safety.as_ref().is_some_and(|verdict| verdict.has_nsfw_concept) {
-            pixels.fill(0);
-        }
-        let truncated = |prompt: &String| encoded.get(prompt.as_str()).and_then(|(_, rest)| rest.clone());
-        let negative = request.do_classifier_free_guidance().then_some(&request.negative_prompt);
-        Ok(Ok(GeneratedImage {
-            pixels,
-            width: parameters.width,
-            height: parameters.height,
-            seed: request.seed,
-            noise: self.noise(parameters),
-            safety,
-            truncated_prompt: truncated(&request.prompt),
-            truncated_negative_prompt: negative.and_then(truncated),
-        }))
-    }
-
-    /// The verdict on 8-bit pixels, which are what the world will see; `None` without a checker.
-    fn run_safety_checker(
-        &self,
-        pixels: &[u8],
-        parameters: &GenerationParameters,
-    ) -> Result<Option<SafetyVerdict>, SafetyCheckError> {
-        let Some((feature_extractor, safety_checker)) = &self.safety else { return Ok(None) };
-        let (width, height) = (parameters.width as usize, parameters.height as usize);
-        let clip_input = feature_extractor
-            .preprocess(RgbPixels { bytes: pixels, width, height })?
-            .f_to_device(self.options.device.to_tch())?
-            .f_to_kind(self.options.dtype.to_tch())?;
-        let mut verdicts = safety_checker.forward(&clip_input)?;
-        verdicts.pop().map_or_else(
-            || Err(TchError::Shape("the safety checker gave no verdict".to_owned()).into()),
-            |verdict| verdict.map(Some),
-        )
-    }
-
     /// The dtype that noise is drawn in: as asked for, or the compute dtype, as diffusers does.
     fn noise(&self, parameters: &GenerationParameters) -> NoiseKind {
         parameters.noise.unwrap_or_else(|| NoiseKind::of(self.options.dtype))
@@ -291,22 +233,4 @@ fn timed<T>(seconds: &mut f64, work: impl FnOnce() -> T) -> T {
 /// Whether no value is NaN or infinite.
 fn is_finite(tensor: &Tensor) -> Result<bool, TchError> {
     Ok(tensor.f_isfinite()?.f_all()?.f_int64_value(&[])? != 0)
-}
-
-/// The VAE's output `(batch_size, 3, height, width)` in -1..1 to RGB bytes, picture by picture, row by row, rounded as diffusers rounds
-/// (`VaeImageProcessor.postprocess`); others truncate. The bytes are made where the image is: a GPU hands over a quarter
-/// of what the image in f32 would be.
-fn to_pixels(image: &Tensor) -> Result<Vec<u8>, TchError> {
-    let bytes = image
-        .f_mul_scalar(0.5)?
-        .f_add_scalar(0.5)?
-        .f_clamp(0.0, 1.0)?
-        .f_permute([0, 2, 3, 1])?
-        .f_to_kind(Kind::Float)?
-        .f_mul_scalar(255.0)?
-        .f_round()?
-        .f_to_kind(Kind::Uint8)?
-        .f_contiguous()?
-        .f_to_device(Device::Cpu)?;
-    Vec::try_from(bytes.f_flatten(0, -1)?)
 }

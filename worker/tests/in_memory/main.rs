@@ -18,3 +18,6 @@ mod queue;
 mod store;
 mod trace;
 mod worker_under_test;
+
+/// One thread for both halves of a call; `tests/two_lanes` repeats these tests with two.
+const LANES: worker::engine::Lanes = worker::engine::Lanes::One;

@@ -1,4 +1,5 @@
 //! Pipelines that do what a test needs at the moment it needs it.
+#![allow(dead_code, reason = "each test program uses its own part of this")]
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -7,7 +8,8 @@ use std::time::{Duration, Instant};
 use schema::ValidJobSpec;
 use worker::control::{Control, Verdict};
 use worker::pipeline::{
-    Generated, GeneratedImage, PictureOutcome, Pipeline, PipelineError, PipelineIdentity, StageTimes,
+    Denoised, Generated, GeneratedImage, PictureOutcome, Pipeline, PipelineError, PipelineIdentity,
+    StageTimes,
 };
 
 use crate::worker_under_test::{Event, EventLog, PATIENCE};
@@ -16,9 +18,13 @@ use crate::worker_under_test::{Event, EventLog, PATIENCE};
 type Script =
     Box<dyn FnMut(&[&ValidJobSpec], &mut Control) -> Result<Vec<PictureOutcome>, PipelineError> + Send>;
 
+/// What the second half of each call does, besides giving what the first half drew.
+type FinishScript = Arc<dyn Fn(&[u32], &mut Control) -> Result<(), PipelineError> + Send + Sync>;
+
 pub struct ScriptedPipeline {
     identity: PipelineIdentity,
     script: Script,
+    finish: FinishScript,
     log: EventLog,
 }
 
@@ -36,7 +42,15 @@ impl ScriptedPipeline {
             dtype: text("f32"),
             noise_dtype: text("cpu-f32"),
         };
-        Self { identity, script: Box::new(script), log }
+        Self { identity, script: Box::new(script), finish: Arc::new(|_, _| Ok(())), log }
+    }
+
+    /// Says what the second halves do; they are given their seeds.
+    pub fn finishing(
+        self,
+        finish: impl Fn(&[u32], &mut Control) -> Result<(), PipelineError> + Send + Sync + 'static,
+    ) -> Self {
+        Self { finish: Arc::new(finish), ..self }
     }
 }
 
@@ -45,14 +59,20 @@ impl Pipeline for ScriptedPipeline {
         &self.identity
     }
 
-    fn generate(
-        &mut self,
-        specs: &[&ValidJobSpec],
-        control: &mut Control,
-    ) -> Result<Generated, PipelineError> {
-        self.log.push(Event::Called(specs.iter().map(|spec| spec.seed()).collect()));
+    fn denoise(&mut self, specs: &[&ValidJobSpec], control: &mut Control) -> Result<Denoised, PipelineError> {
+        let seeds: Vec<u32> = specs.iter().map(|spec| spec.seed()).collect();
+        self.log.push(Event::Called(seeds.clone()));
         let pictures = (self.script)(specs, control)?;
-        Ok(Generated { pictures, times: StageTimes::default() })
+        self.log.push(Event::Denoised(seeds.clone()));
+        let (finish, log) = (self.finish.clone(), self.log.clone());
+        let finish = move |control: &mut Control| {
+            log.push(Event::Finishing(seeds.clone()));
+            let finished = finish(&seeds, control);
+            log.push(Event::FinishEnded(seeds));
+            finished?;
+            Ok(Generated { pictures, times: StageTimes::default() })
+        };
+        Ok(Denoised { times: StageTimes::default(), finish: Box::new(finish) })
     }
 }
 

@@ -1,4 +1,5 @@
 //! A worker with all its stages, between walls of memory.
+#![allow(dead_code, reason = "each test program uses its own part of this")]
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -9,7 +10,7 @@ use schema::{
 };
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
-use worker::engine::Engine;
+use worker::engine::{Engine, Lanes};
 use worker::metrics::Metrics;
 use worker::pipeline::Pipeline;
 use worker::queue::Requeue;
@@ -30,6 +31,9 @@ pub const PATIENCE: Duration = Duration::from_secs(60);
 pub enum Event {
     Claimed(Vec<u32>),
     Called(Vec<u32>),
+    Denoised(Vec<u32>),
+    Finishing(Vec<u32>),
+    FinishEnded(Vec<u32>),
     Stored(u32),
     StoreFailed,
     Completed(Vec<u32>),
@@ -79,6 +83,14 @@ impl EventLog {
 
     pub fn count(&self, is_wanted: impl Fn(&Event) -> bool) -> usize {
         self.events().iter().filter(|event| is_wanted(event)).count()
+    }
+
+    /// As [`Self::wait_for`], for a thread of the engine; for ever, as the test itself waits and gives up.
+    pub fn wait_for_here(&self, count: usize, is_wanted: impl Fn(&Event) -> bool) {
+        let mut receiver = self.0.subscribe();
+        let enough =
+            receiver.wait_for(|events| events.iter().filter(|event| is_wanted(event)).count() >= count);
+        let _ = futures::executor::block_on(enough);
     }
 
     /// Waits until there are `count` such events.
@@ -174,7 +186,15 @@ impl WorkerUnderTest {
     }
 
     pub async fn start(&mut self, pipeline: impl FnOnce() -> Box<dyn Pipeline> + Send + 'static) {
-        let engine = Engine::load(Box::new(move || Ok(pipeline())), self.trace.clone())
+        self.start_on(crate::LANES, pipeline).await;
+    }
+
+    pub async fn start_on(
+        &mut self,
+        lanes: Lanes,
+        pipeline: impl FnOnce() -> Box<dyn Pipeline> + Send + 'static,
+    ) {
+        let engine = Engine::load(Box::new(move || Ok(pipeline())), lanes, self.trace.clone())
             .await
             .expect("the pipeline loads");
         let settings = RunSettings {

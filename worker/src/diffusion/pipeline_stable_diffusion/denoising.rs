@@ -15,6 +15,7 @@ use super::generation::{
     GenerationParameters, ImageError, ImageRequest, PipelineError, Stage, StepControl, StepProgress,
 };
 use super::recipe::Recipe;
+use super::static_buffers::copy_of;
 use super::{Encoded, StableDiffusionPipeline, is_finite};
 
 /// One picture on its way from noise to latents.
@@ -50,7 +51,7 @@ pub(super) struct Denoising<'p> {
 }
 
 /// What became of all pictures.
-pub(super) struct Denoised {
+pub(super) struct AllDenoised {
     /// The latents of each request's picture, or why there are none.
     pub latents: Vec<Result<Tensor, ImageError>>,
     /// Pictures that the UNet was given at once, made-up ones included.
@@ -94,8 +95,9 @@ impl<'p> Denoising<'p> {
     pub(super) fn run(
         mut self,
         on_step: &mut dyn FnMut(&StepProgress<'_>) -> StepControl,
-    ) -> Result<Denoised, PipelineError> {
+    ) -> Result<AllDenoised, PipelineError> {
         let stopped_at = self.take_steps(on_step)?;
+        let is_batched = self.batch.is_some();
         // After an error it is dropped: who knows in what state it is.
         let (batch_size, replayed_steps) = self.batch.map_or((1, 0), |batch| batch.end(self.pipeline));
         if let Some(step_index) = stopped_at {
@@ -103,12 +105,13 @@ impl<'p> Denoising<'p> {
         }
         for picture in self.pictures {
             self.finished[picture.index] = if is_finite(&picture.latents)? {
-                Ok(picture.latents)
+                // Those of a batch lie in its buffers, which the next call writes to while these may not be decoded yet.
+                Ok(if is_batched { copy_of(&picture.latents)? } else { picture.latents })
             } else {
                 Err(ImageError::NonFinite { stage: Stage::Denoise })
             };
         }
-        Ok(Denoised { latents: self.finished, batch_size, replayed_steps })
+        Ok(AllDenoised { latents: self.finished, batch_size, replayed_steps })
     }
 
     /// Takes all steps, or those until `on_step` says to stop: then it is that step's index.

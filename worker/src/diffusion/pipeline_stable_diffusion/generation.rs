@@ -133,6 +133,8 @@ pub struct Generation {
     pub seconds: StageSeconds,
     /// Pictures that the UNet was given at once, made-up ones included.
     pub batch_size: usize,
+    /// Pictures that the decoder was given at once, at most.
+    pub decode_size: usize,
     /// Denoising steps that were replayed from a CUDA graph.
     pub replayed_steps: usize,
 }

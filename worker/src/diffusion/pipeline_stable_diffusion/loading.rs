@@ -2,6 +2,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Instant;
 
 use serde_json::Value;
@@ -21,7 +22,7 @@ use super::super::models::unet_2d_config::UNet2DConditionConfig;
 use super::super::safety_checker::{SafetyCheckerConfig, StableDiffusionSafetyChecker};
 use super::super::schedulers::SchedulerConfig;
 use super::super::weights::{WeightFile, Weights};
-use super::{Batching, StableDiffusionPipeline};
+use super::{Batching, Finisher, StableDiffusionPipeline};
 
 /// Where and in which precision to compute.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -198,11 +199,14 @@ impl<'d> Loading<'d> {
             tokenizer: tokenizer?,
             text_encoder: text_encoder?,
             unet: unet?,
-            vae: vae?,
-            safety: match safety {
-                Some(safety) => Some(safety?),
-                None => None,
-            },
+            finisher: Arc::new(Finisher::new(
+                vae?,
+                match safety {
+                    Some(safety) => Some(safety?),
+                    None => None,
+                },
+                self.options,
+            )),
             last_negative: RefCell::default(),
             batching: Cell::new(Batching::of(self.options.device)),
             buffers: RefCell::default(),

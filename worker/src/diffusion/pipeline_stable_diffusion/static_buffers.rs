@@ -6,7 +6,7 @@ use std::fmt;
 
 use tch::{Kind, TchError, Tensor};
 
-use super::super::cuda::{CudaError, CudaGraph};
+use super::super::cuda::{CudaGraph, refused};
 use super::super::kernels::{Kernels, LinearStepTensors, guided};
 use super::super::models::unet_2d_condition::{UNet2DConditionModel, UNetText, UNetTime};
 use super::denoising::Step;
@@ -209,13 +209,11 @@ impl StaticBuffers {
             Ok(recorded) => recorded,
             Err(error) => return self.compute_without(unet, step, error.to_string()),
         };
-        // A GPU that fails at these fails at everything.
-        let failed = |error: CudaError| TchError::Torch(error.to_string());
         let graph = &mut recorded.graph;
         if graph.is_captured() {
-            graph.replay().map_err(failed)?;
+            graph.replay().map_err(refused)?;
         } else if recorded.warm_up_steps < WARM_UP_STEPS {
-            graph.warm_up(|| self.compute(unet, step)).map_err(failed)??;
+            graph.warm_up(|| self.compute(unet, step)).map_err(refused)??;
             recorded.warm_up_steps += 1;
             self.graphs.insert(variant, recorded);
             return Ok(plain);
@@ -223,7 +221,7 @@ impl StaticBuffers {
             let written = graph.capture(|| self.compute(unet, step));
             let written = written.map_err(|error| error.to_string());
             match written.and_then(|written| written.map_err(|error| error.to_string())) {
-                Ok(()) => graph.replay().map_err(failed)?,
+                Ok(()) => graph.replay().map_err(refused)?,
                 // Nothing of the step has been done.
                 Err(error) => return self.compute_without(unet, step, error),
             }
@@ -287,7 +285,7 @@ impl StaticBuffers {
 }
 
 /// The same numbers in a tensor of their own.
-fn copy_of(tensor: &Tensor) -> Result<Tensor, TchError> {
+pub(super) fn copy_of(tensor: &Tensor) -> Result<Tensor, TchError> {
     let mut copy = tensor.f_zeros_like()?;
     copy.f_copy_(tensor)?;
     Ok(copy)
