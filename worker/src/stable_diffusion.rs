@@ -4,6 +4,7 @@ mod finishing;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use schema::{EngineFingerprint, NoiseScheduler, ValidJobSpec};
@@ -41,6 +42,8 @@ pub struct StableDiffusionPipeline {
     folder: PathBuf,
     /// What computes, where bits depend on it; the sizes are each call's.
     fingerprint: Option<EngineFingerprint>,
+    /// Set by whoever finishes a call when there was no memory to decode even one picture: the next call makes room.
+    is_short: Arc<AtomicBool>,
 }
 
 impl StableDiffusionPipeline {
@@ -67,7 +70,8 @@ impl StableDiffusionPipeline {
         };
         model.set_batching(batching);
         let fingerprint = fingerprint(device, model.kernels());
-        Ok(Self { model, identity, folder: folder.to_owned(), fingerprint })
+        let is_short = Arc::default();
+        Ok(Self { model, identity, folder: folder.to_owned(), fingerprint, is_short })
     }
 
     /// The first half of one call, in a smaller batch where made-up pictures were too much for the memory: they must not cost
@@ -78,28 +82,36 @@ impl StableDiffusionPipeline {
         parameters: &GenerationParameters,
         control: &mut Control,
     ) -> Result<Option<diffusion::Denoised>, PipelineError> {
+        if self.is_short.swap(false, Ordering::SeqCst) {
+            self.fill_up_less(requests.len());
+        }
         loop {
             let denoised = self.model.denoise(requests, parameters, &mut |progress| {
                 step_control(progress, control.after_step(progress.step_index + 1, progress.num_steps))
             });
-            let batching = self.model.batching();
             let error = match denoised {
                 Ok(denoised) => return Ok(Some(denoised)),
                 Err(diffusion::PipelineError::Stopped { .. }) => return Ok(None),
                 Err(error) => classify(error, requests.len()),
             };
-            match (&error, batching.size) {
-                (PipelineError::OutOfMemory { .. }, BatchSize::Padded(size)) if size > requests.len() => {
-                    let size = (size / 2).max(requests.len());
-                    warn!(
-                        batch.size = size,
-                        "Out of memory; from now on batches are filled up to {size} only"
-                    );
-                    self.model.set_batching(Batching { size: BatchSize::Padded(size), ..batching });
-                }
-                _ => return Err(error),
+            let is_short = matches!(error, PipelineError::OutOfMemory { .. });
+            if !is_short || !self.fill_up_less(requests.len()) {
+                return Err(error);
             }
         }
+    }
+
+    /// Halves the number that batches are filled up to, though not below `num_pictures`; false if nothing is made up.
+    fn fill_up_less(&self, num_pictures: usize) -> bool {
+        let batching = self.model.batching();
+        let BatchSize::Padded(size) = batching.size else { return false };
+        if size <= num_pictures {
+            return false;
+        }
+        let size = (size / 2).max(num_pictures);
+        warn!(batch.size = size, "Out of memory; from now on batches are filled up to {size} only");
+        self.model.set_batching(Batching { size: BatchSize::Padded(size), ..batching });
+        true
     }
 }
 
@@ -121,6 +133,7 @@ impl Pipeline for StableDiffusionPipeline {
             options: self.model.options(),
             folder: self.folder.clone(),
             fingerprint: self.fingerprint.clone(),
+            is_short: self.is_short.clone(),
             requests,
             parameters,
             denoised,
@@ -288,6 +301,32 @@ mod tests {
         let ours = Recipe { guidance_interval: (0.1, 0.7), cache_interval: 3 };
         assert_eq!(Recipe::from(recipe), ours);
         assert_eq!(schema::Recipe::from(ours), recipe);
+    }
+
+    #[test]
+    fn less_is_made_up_when_there_was_no_room_to_decode() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/tiny");
+        let kernels = diffusion::KernelChoice::Plain;
+        let dtype = diffusion::ComputeDtype::F32;
+        let options = LoadOptions { device: ComputeDevice::Cpu, dtype, kernels };
+        let batching = Batching { size: BatchSize::Padded(4), decode_size: 1, graph: false };
+        let mut pipeline = StableDiffusionPipeline::load_batching(&folder, options, batching).unwrap();
+        let defaults = schema::SpecDefaults::of_model(64, 64, NoiseScheduler::Ddim);
+        let spec = schema::JobSpec {
+            prompt: "a".to_owned(),
+            num_inference_steps: Some(1),
+            ..schema::JobSpec::default()
+        };
+        let spec = spec.validate(&defaults).unwrap();
+        let mut sizes = Vec::new();
+        for is_short in [false, true, false, true, true] {
+            pipeline.is_short.store(is_short, Ordering::SeqCst);
+            let job_id = schema::JobId::of(schema::BatchId::generate(), 0);
+            let (_handle, mut control) = crate::control::control(vec![job_id], Default::default());
+            pipeline.denoise(&[&spec], &mut control).unwrap();
+            sizes.push(pipeline.model.batching().size);
+        }
+        assert_eq!(sizes, [4, 2, 2, 1, 1].map(BatchSize::Padded));
     }
 
     #[test]

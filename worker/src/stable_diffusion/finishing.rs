@@ -3,6 +3,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use schema::EngineFingerprint;
 use tracing::warn;
@@ -23,6 +24,8 @@ pub(super) struct Finishing {
     pub folder: PathBuf,
     /// What computes, where bits depend on it.
     pub fingerprint: Option<EngineFingerprint>,
+    /// Tells the pipeline that there was no memory to decode even one picture.
+    pub is_short: Arc<AtomicBool>,
     pub requests: Vec<ImageRequest>,
     pub parameters: GenerationParameters,
     pub denoised: Denoised,
@@ -56,7 +59,11 @@ impl Finishing {
                 PipelineError::OutOfMemory { .. } => self.finisher.decode_fewer(&self.denoised),
                 _ => None,
             };
-            let Some(fewer) = fewer else { return Err(error) };
+            let Some(fewer) = fewer else {
+                let is_short = matches!(error, PipelineError::OutOfMemory { .. });
+                self.is_short.fetch_or(is_short, Ordering::SeqCst);
+                return Err(error);
+            };
             warn!(
                 batch.size = fewer,
                 "Out of memory; from now on at most {fewer} pictures are decoded at once"
