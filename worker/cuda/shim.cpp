@@ -123,6 +123,8 @@ const char* darkroom_graph_leave(StepGraph* graph) {
 // the steps before it used is given up first.
 const char* darkroom_graph_begin(StepGraph* graph) {
   return guarded([=] {
+    // libtorch captures the current stream of the current device.
+    c10::cuda::CUDAGuard device(graph->side.device_index());
     C10_CUDA_CHECK(cudaDeviceSynchronize());
     c10::cuda::CUDACachingAllocator::emptyCache();
     graph->graph.capture_begin({0, 0}, cudaStreamCaptureModeThreadLocal);
@@ -130,7 +132,10 @@ const char* darkroom_graph_begin(StepGraph* graph) {
 }
 
 const char* darkroom_graph_end(StepGraph* graph) {
-  const char* error = guarded([=] { graph->graph.capture_end(); });
+  const char* error = guarded([=] {
+    c10::cuda::CUDAGuard device(graph->side.device_index());
+    graph->graph.capture_end();
+  });
   if (error != nullptr) {
     // What a failed end leaves undone, as far as it can be done: memory asked for later must not go to the graph's pool.
     std::string first = error;
