@@ -36,7 +36,8 @@ guards: deps ## Removes each promise's guards, one at a time, and sees tests fai
 bench-fleet: build ## The control plane at its limit beside each server alone (BENCH_JOBS …), and what that means for larger fleets
 	cargo build --release --locked --bin bench-fleet --bin capacity
 	@BENCH_JSON=target/bench-fleet.json target/release/bench-fleet
-	@target/release/capacity target/bench-fleet.json target/capacity.png
+	@BENCH_JSON=target/bench-fleet-small.json BENCH_MICROBATCH=4 target/release/bench-fleet
+	@target/release/capacity target/capacity.png target/bench-fleet.json target/bench-fleet-small.json
 
 clean: ## Remove build outputs and the local stack's data; keeps .deps
 	cargo clean

@@ -63,6 +63,8 @@ pub struct Curve {
     pub name: &'static str,
     /// What each does.
     pub workload: Workload,
+    /// What it asks of the servers.
+    pub demands: Demands,
     /// From small to large.
     pub points: Vec<Point>,
 }
@@ -77,15 +79,23 @@ impl Demands {
             relay: report.cost(|costs| costs.scheduler) / 1e3,
         }
     }
+
+    /// From that of several measurements whose microbatches are nearest to the workload's: a small one costs Postgres more a
+    /// picture. `None` without any.
+    pub fn nearest(reports: &[Report], workload: Workload) -> Option<Self> {
+        let distance = |report: &&Report| (report.microbatch as usize).abs_diff(workload.microbatch);
+        reports.iter().min_by_key(distance).map(Self::of)
+    }
 }
 
-/// Simulates every kind of GPU at every fleet size.
-pub fn curves(demands: Demands, machines: Machines) -> Vec<Curve> {
-    let servers = Servers { demands, postgres_cores: machines.postgres_cores };
+/// Simulates every kind of GPU at every fleet size, with the costs that `demands` gives for its microbatches.
+pub fn curves(demands: impl Fn(Workload) -> Demands, machines: Machines) -> Vec<Curve> {
     let curve = |&(name, workload): &(&'static str, Workload)| {
+        let demands = demands(workload);
+        let servers = Servers { demands, postgres_cores: machines.postgres_cores };
         let point =
             |&gpus: &usize| Point { gpus, outcome: simulation::run(servers, workload, gpus, SECONDS) };
-        Curve { name, workload, points: GPUS.iter().map(point).collect() }
+        Curve { name, workload, demands, points: GPUS.iter().map(point).collect() }
     };
     SPEEDS.iter().map(curve).collect()
 }

@@ -149,7 +149,7 @@ mod tests {
     #[test]
     fn every_curve_is_drawn_in_its_color() {
         let demands = Demands { postgres: 0.001, postgres_lease: 0.0, broker: 0.000_1, relay: 0.000_05 };
-        let few = curves(demands, Machines { postgres_cores: 2 });
+        let few = curves(|_| demands, Machines { postgres_cores: 2 });
         let canvas = draw("a test", &few);
         for color in COLORS {
             let count = canvas.pixels().filter(|pixel| **pixel == color).count();
