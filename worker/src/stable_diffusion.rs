@@ -143,11 +143,8 @@ impl Pipeline for StableDiffusionPipeline {
 
     fn prepare_lane(&self) -> PrepareLane {
         let device = self.model.options().device;
-        Box::new(move || match device {
-            ComputeDevice::Cpu => Ok(()),
-            ComputeDevice::Cuda(index) => {
-                cuda::use_own_stream(index).map_err(|error| PipelineError::Device { source: Arc::new(error) })
-            }
+        Box::new(move || {
+            cuda::use_own_stream(device).map_err(|error| PipelineError::Device { source: Arc::new(error) })
         })
     }
 }

@@ -24,12 +24,8 @@ impl DecodeLane {
         let (send, finished) = mpsc::channel();
         let (ready_sender, ready) = mpsc::channel();
         let work = move || {
-            let prepared = match device {
-                ComputeDevice::Cpu => Ok(()),
-                ComputeDevice::Cuda(index) => use_own_stream(index),
-            };
             // It is waited for below.
-            let _ = ready_sender.send(prepared);
+            let _ = ready_sender.send(use_own_stream(device));
             for (finisher, begun) in received {
                 // Without a listener the command has failed already.
                 let _ = send.send(begun.finish(&finisher));

@@ -327,7 +327,7 @@ impl Drop for CudaGraph {
 
 #[cfg(test)]
 mod tests {
-    use super::super::device::open_cuda_libraries;
+    use super::super::device::{ComputeDevice, open_cuda_libraries};
     use super::*;
 
     #[test]
@@ -357,7 +357,8 @@ mod tests {
     #[test]
     fn a_stream_of_its_own_is_given_or_refused_in_words() {
         let libraries = open_cuda_libraries();
-        let own = std::thread::spawn(|| use_own_stream(0)).join().expect("it does not panic");
+        let own =
+            std::thread::spawn(|| use_own_stream(ComputeDevice::Cuda(0))).join().expect("it does not panic");
         match (libraries, own) {
             (_, Err(CudaError::NotBuilt)) => assert!(SHIM.is_empty()),
             (Err(_), Err(CudaError::Open { reason })) => {

@@ -9,6 +9,7 @@ use std::ptr;
 
 use tch::Tensor;
 
+use super::super::device::ComputeDevice;
 use super::{CudaError, heard, shim};
 
 /// A `StreamMark` of the shim.
@@ -27,10 +28,12 @@ fn number(device: usize) -> c_int {
     c_int::try_from(device).unwrap_or(c_int::MAX)
 }
 
-/// From now on this thread computes on a stream of its own of this GPU, which shares its place with no CUDA graph's.
-pub fn use_own_stream(device: usize) -> Result<(), CudaError> {
+/// From now on this thread computes on a stream of its own of this GPU, which shares its place with no CUDA graph's. A CPU has no
+/// streams, and any thread computes on it.
+pub fn use_own_stream(device: ComputeDevice) -> Result<(), CudaError> {
+    let ComputeDevice::Cuda(index) = device else { return Ok(()) };
     // SAFETY: the signature is shim.cpp's.
-    heard(unsafe { (shim()?.use_own_stream)(number(device)) })
+    heard(unsafe { (shim()?.use_own_stream)(number(index)) })
 }
 
 /// A place in a stream's work: behind all that its thread had launched when the mark was made.
