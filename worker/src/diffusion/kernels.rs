@@ -23,6 +23,7 @@ use tch::{Kind, TchError, Tensor};
 
 pub use self::cubins::{CUBINS, Cubin, MANIFEST};
 pub use self::feature_map::FeatureMap;
+use self::feature_map::Statistics;
 pub use self::launch::{Argument, Call, Kernel, Launch};
 pub use self::linear_step::{LinearStepTensors, guided};
 pub use self::self_check::{SelfCheckError, self_check};
@@ -171,12 +172,7 @@ impl Kernels {
         addend: Option<&Tensor>,
         parameters: &GroupNormParameters<'_>,
     ) -> Result<Tensor, TchError> {
-        if let Some(launcher) = &self.launcher
-            && let Some(output) = operations::group_norm(launcher.as_ref(), input, None, addend, parameters)?
-        {
-            return Ok(output);
-        }
-        plain::group_norm(input, addend, parameters)
+        self.normalize(input, None, addend, parameters)
     }
 
     /// GroupNorm of a feature map, with its statistics where they are known.
@@ -185,13 +181,24 @@ impl Kernels {
         map: &FeatureMap,
         parameters: &GroupNormParameters<'_>,
     ) -> Result<Tensor, TchError> {
+        self.normalize(map.tensor(), map.statistics(), None, parameters)
+    }
+
+    /// GroupNorm of `input`, whose `statistics` may be known if it has no `addend`.
+    fn normalize(
+        &self,
+        input: &Tensor,
+        statistics: Option<&Statistics>,
+        addend: Option<&Tensor>,
+        parameters: &GroupNormParameters<'_>,
+    ) -> Result<Tensor, TchError> {
         if let Some(launcher) = &self.launcher
             && let Some(output) =
-                operations::group_norm(launcher.as_ref(), map.tensor(), map.statistics(), None, parameters)?
+                operations::group_norm(launcher.as_ref(), input, statistics, addend, parameters)?
         {
             return Ok(output);
         }
-        plain::group_norm(map.tensor(), None, parameters)
+        plain::group_norm(input, addend, parameters)
     }
 
     /// LayerNorm of `input` plus `pending` over the last dimension of `(…, channels)`, to the same shape. `pending` is

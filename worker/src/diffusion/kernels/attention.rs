@@ -5,11 +5,11 @@ use std::f64::consts::LOG2_E;
 use tch::{Kind, TchError, Tensor};
 
 use super::super::device::ComputeDtype;
-use super::launch::{Argument, Call, Kernel, Launch, Operation, wide};
-use super::operations::{ALIGNMENT, MOST_GRID_Y, address, div_ceil, dtype_of, int, too_large};
+use super::launch::{Argument, Kernel, Launch, Operation, wide};
+use super::operations::{ALIGNMENT, Grid, MOST_GRID_Y, address, div_ceil, dtype_of, int};
 
 /// Threads of a block (`THREADS` in `attention.cuh`).
-const THREADS: u32 = 128;
+const THREADS: i64 = 128;
 /// Keys of a tile (`KEYS` there).
 const KEYS: i64 = 64;
 
@@ -76,17 +76,10 @@ pub(super) fn attention(
     arguments.push(Argument::Float((LOG2_E / (head_dim as f64).sqrt()) as f32));
     // A tile's keys and values, twice; an odd number of 16 bytes for each row.
     let row_bytes = ((head_dim / wide(kernel.dtype)) | 1) * ALIGNMENT as i64;
-    let shared_bytes = 2 * 2 * KEYS * row_bytes;
-    let size = |value: i64| u32::try_from(value).map_err(|_| too_large(value));
-    let call = Call {
-        kernel,
-        grid: [size(div_ceil(query_length, num_queries))?, size(heads)?, size(batch_size)?],
-        threads: THREADS,
-        shared_bytes: size(shared_bytes)?,
-        arguments: &arguments,
-    };
+    let blocks = [div_ceil(query_length, num_queries), heads, batch_size];
+    let grid = Grid { blocks, threads: THREADS, shared_bytes: 2 * 2 * KEYS * row_bytes };
     // SAFETY: the parameters of `attention`; shapes and strides are those of the tensors, which are where the launcher
     // computes. Freed memory goes back to libtorch's pool for this stream.
-    unsafe { launcher.launch(&call)? };
+    unsafe { grid.launch(launcher, kernel, &arguments)? };
     Ok(Some(output))
 }

@@ -82,7 +82,7 @@ impl Statistics {
     }
 
     fn size(num_groups: i64, grid: Grid) -> [i64; 4] {
-        let [num_chunks, batch_size] = grid.blocks;
+        let [num_chunks, batch_size, _] = grid.blocks;
         [batch_size, num_groups, num_chunks, 2]
     }
 

@@ -79,7 +79,7 @@ pub(super) fn int(value: i64) -> Result<Argument, TchError> {
     i32::try_from(value).map(Argument::Int).map_err(|_| too_large(value))
 }
 
-pub(super) fn too_large(value: i64) -> TchError {
+fn too_large(value: i64) -> TchError {
     TchError::Shape(format!("{value} is too large for a kernel"))
 }
 
@@ -91,7 +91,7 @@ pub(super) fn div_ceil(count: i64, size: i64) -> i64 {
 /// Blocks, threads of each, and the bytes that they share.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Grid {
-    pub(super) blocks: [i64; 2],
+    pub(super) blocks: [i64; 3],
     pub(super) threads: i64,
     pub(super) shared_bytes: i64,
 }
@@ -104,7 +104,7 @@ impl Grid {
 
     /// A thread for each of `count`, `rows` times.
     pub(super) fn of(count: i64, rows: i64) -> Self {
-        Self { blocks: [div_ceil(count, THREADS), rows], threads: THREADS, shared_bytes: 0 }
+        Self { blocks: [div_ceil(count, THREADS), rows, 1], threads: THREADS, shared_bytes: 0 }
     }
 
     /// # Safety
@@ -118,7 +118,7 @@ impl Grid {
         let size = |value: i64| u32::try_from(value).map_err(|_| too_large(value));
         let call = Call {
             kernel,
-            grid: [size(self.blocks[0])?, size(self.blocks[1])?, 1],
+            grid: [size(self.blocks[0])?, size(self.blocks[1])?, size(self.blocks[2])?],
             threads: size(self.threads)?,
             shared_bytes: size(self.shared_bytes)?,
             arguments,
@@ -140,7 +140,7 @@ pub(super) fn group_norm_grid(kernel_width: i64, sample: [i64; 2], batch_size: i
         return None;
     }
     let chunk = (rows * PIXELS_PER_ROW).max(div_ceil(num_pixels, MOST_CHUNKS));
-    Some((Grid { blocks: [div_ceil(num_pixels, chunk), batch_size], threads, shared_bytes }, chunk))
+    Some((Grid { blocks: [div_ceil(num_pixels, chunk), batch_size, 1], threads, shared_bytes }, chunk))
 }
 
 /// See [`super::Kernels::group_norm`]. Without the first pass where there are `statistics` of `input`, which has no addend then.
