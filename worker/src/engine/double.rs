@@ -9,7 +9,6 @@
 use std::collections::VecDeque;
 use std::sync::mpsc as std_mpsc;
 use std::thread::{self, JoinHandle};
-use std::time::Instant;
 
 use futures::executor::block_on;
 use tokio::sync::mpsc;
@@ -21,7 +20,6 @@ use super::second_half::SecondHalf;
 use super::{EngineError, single};
 use crate::microbatch::{Finished, Microbatch};
 use crate::pipeline::{PipelineError, PrepareLane, StageTimes};
-use crate::trace::{Span, Stage};
 
 /// What the second thread says of a microbatch that it was given.
 enum Report {
@@ -108,10 +106,7 @@ fn denoise(first_half: &mut FirstHalf, mut running: Running) -> Running {
                     Some(last) if is_denoised => last.denoised.times,
                     _ => StageTimes::default(),
                 };
-                let (stage, to) = (Stage::Generate, Instant::now());
-                let microbatch_id = running.microbatch_id;
-                let span = Span { stage, microbatch_id, picture: None, pictures, from, to };
-                first_half.trace.generated(span, times);
+                first_half.tell(&running, from, pictures, times);
             }
             Step::GivenUp => {}
         }

@@ -12,7 +12,7 @@ use tracing::{info, warn};
 
 use super::running::{DenoisedCall, Poison, Running, hand_back, panicked};
 use crate::microbatch::{Finished, Microbatch, Picture};
-use crate::pipeline::{Pipeline, PipelineError, PrepareLane};
+use crate::pipeline::{Pipeline, PipelineError, PrepareLane, StageTimes};
 use crate::trace::{Span, Stage, Trace};
 
 /// What of a key decides how much memory a picture takes.
@@ -98,6 +98,14 @@ impl FirstHalf {
             Err(failure) => running.fail(call, failure),
         }
         Step::Done { from, pictures, is_denoised }
+    }
+
+    /// Notes that until now a call of so many `pictures` was denoised, or failed at that.
+    pub(super) fn tell(&self, running: &Running, from: Instant, pictures: usize, times: StageTimes) {
+        let microbatch_id = running.microbatch_id;
+        let span =
+            Span { stage: Stage::Generate, microbatch_id, picture: None, pictures, from, to: Instant::now() };
+        self.trace.generated(span, times);
     }
 
     /// Makes calls of what failed: halves, or once more the same.

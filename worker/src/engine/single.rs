@@ -1,7 +1,5 @@
 //! One thread for both halves, call by call.
 
-use std::time::Instant;
-
 use tokio::sync::mpsc;
 
 use super::EngineError;
@@ -10,7 +8,6 @@ use super::running::close;
 use super::second_half::SecondHalf;
 use crate::microbatch::{Finished, Microbatch};
 use crate::pipeline::StageTimes;
-use crate::trace::{Span, Stage};
 
 /// Works until nobody sends microbatches any more, or the engine is poisoned.
 pub(super) fn work(
@@ -18,18 +15,16 @@ pub(super) fn work(
     mut microbatches: mpsc::Receiver<Microbatch>,
     finished: &mpsc::Sender<Finished>,
 ) -> Result<(), EngineError> {
-    let (trace, poison) = (first_half.trace.clone(), first_half.poison.clone());
-    let second_half = SecondHalf { trace: trace.clone(), poison: poison.clone(), is_beside: false };
+    let poison = first_half.poison.clone();
+    let second_half =
+        SecondHalf { trace: first_half.trace.clone(), poison: poison.clone(), is_beside: false };
     while let Some(microbatch) = microbatches.blocking_recv() {
         let Some(mut running) = first_half.begin(microbatch, false, finished) else { continue };
         loop {
             match first_half.denoise_next(&mut running) {
                 Step::NoCall => break,
                 Step::Done { from, pictures, is_denoised: false } => {
-                    let (stage, to) = (Stage::Generate, Instant::now());
-                    let microbatch_id = running.microbatch_id;
-                    let span = Span { stage, microbatch_id, picture: None, pictures, from, to };
-                    trace.generated(span, StageTimes::default());
+                    first_half.tell(&running, from, pictures, StageTimes::default());
                 }
                 Step::Done { .. } => second_half.finish(&mut running),
                 Step::GivenUp => {}
