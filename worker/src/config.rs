@@ -246,14 +246,24 @@ mod tests {
         assert!(!format!("{cli:?}").contains("hidden"));
     }
 
+    /// `run` with what it cannot do without, and `more`.
+    fn parsed(more: &[&str]) -> Result<Cli, clap::Error> {
+        let arguments = ["darkroom-worker", "run", "--model", "demo", "--database-url", "a"];
+        let rest = ["--amqp-url", "b", "--s3-bucket", "c"];
+        Cli::try_parse_from(arguments.iter().chain(&rest).chain(more))
+    }
+
+    fn config(more: &[&str]) -> Config {
+        let Command::Run(config) = parsed(more).expect("these are enough").command else {
+            panic!("another command")
+        };
+        *config
+    }
+
     #[test]
     fn a_gpu_is_given_batches_of_one_size_unless_it_is_told_otherwise() {
         let size = |more: &[&str]| {
-            let arguments = ["darkroom-worker", "run", "--model", "demo", "--database-url", "a"];
-            let rest = ["--amqp-url", "b", "--s3-bucket", "c", "--max-microbatch", "8"];
-            let cli =
-                Cli::try_parse_from(arguments.iter().chain(&rest).chain(more)).expect("these are enough");
-            let Command::Run(config) = cli.command else { panic!("another command") };
+            let config = config(&[&["--max-microbatch", "8"], more].concat());
             config.batching().map(|batching| batching.size)
         };
         assert_eq!(size(&[]).unwrap(), BatchSize::Alone);
@@ -266,14 +276,7 @@ mod tests {
 
     #[test]
     fn decoding_overlaps_only_where_it_is_asked_for() {
-        let lanes = |more: &[&str]| {
-            let arguments = ["darkroom-worker", "run", "--model", "demo", "--database-url", "a"];
-            let rest = ["--amqp-url", "b", "--s3-bucket", "c"];
-            let cli =
-                Cli::try_parse_from(arguments.iter().chain(&rest).chain(more)).expect("these are enough");
-            let Command::Run(config) = cli.command else { panic!("another command") };
-            config.lanes()
-        };
+        let lanes = |more: &[&str]| config(more).lanes();
         assert_eq!(lanes(&[]), Lanes::One);
         assert_eq!(lanes(&["--device", "cuda"]), Lanes::One);
         assert_eq!(lanes(&["--overlap-decode", "on"]), Lanes::Two);
@@ -281,22 +284,6 @@ mod tests {
 
     #[test]
     fn values_out_of_range_are_refused() {
-        let parse = |flag: &str, value: &str| {
-            Cli::try_parse_from([
-                "darkroom-worker",
-                "run",
-                "--model",
-                "demo",
-                "--database-url",
-                "a",
-                "--amqp-url",
-                "b",
-                "--s3-bucket",
-                "c",
-                flag,
-                value,
-            ])
-        };
         for (flag, value) in [
             ("--max-microbatch", "0"),
             ("--lease-seconds", "0"),
@@ -305,7 +292,7 @@ mod tests {
             ("--pipeline", "sdxl"),
             ("--model", "Not A Slug"),
         ] {
-            assert!(parse(flag, value).is_err(), "{flag} {value}");
+            assert!(parsed(&[flag, value]).is_err(), "{flag} {value}");
         }
     }
 }

@@ -1,22 +1,14 @@
 //! Servers that are away, and pipelines that fail in every way they can.
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use schema::{ErrorClass, JobState, LeaseReturn, PriorityBand, ValidJobSpec};
 use worker::engine::EngineError;
-use worker::pipeline::{PictureOutcome, PipelineError, Source};
+use worker::pipeline::{PictureOutcome, PipelineError};
 use worker::run::RunError;
 
-use crate::pipelines::{ScriptedPipeline, draw};
+use crate::pipelines::{ScriptedPipeline, draw, out_of_memory, source};
 use crate::worker_under_test::{Event, Setup, WorkerUnderTest};
-
-fn source(text: &'static str) -> Source {
-    #[derive(Debug, thiserror::Error)]
-    #[error("{0}")]
-    struct Text(&'static str);
-    Arc::new(Text(text))
-}
 
 fn has_seed(specs: &[&ValidJobSpec], seed: u32) -> bool {
     specs.iter().any(|spec| spec.seed() == seed)
@@ -103,11 +95,7 @@ async fn short_memory_halves_the_call_and_is_remembered() {
     worker.submit_many(0..4);
     let fit = |specs: &[&ValidJobSpec]| {
         let batch_size = specs.len();
-        if batch_size > 2 {
-            Err(PipelineError::OutOfMemory { batch_size, source: source("full") })
-        } else {
-            Ok(draw(specs))
-        }
+        if batch_size > 2 { Err(out_of_memory(batch_size)) } else { Ok(draw(specs)) }
     };
     worker.start_scripted(move |log| ScriptedPipeline::new(log, move |specs, _| fit(specs))).await;
     worker.wait_for_acks(4).await;
@@ -284,8 +272,7 @@ async fn a_message_from_before_the_loss_does_not_bring_a_suspect_into_company() 
 async fn a_worker_that_fails_job_after_job_alike_stops_and_hands_back() {
     let mut worker = WorkerUnderTest::new(Setup { unfit_after: 3, ..Setup::full_microbatches(1) });
     let jobs = worker.submit_many(0..6);
-    let fail = || PipelineError::OutOfMemory { batch_size: 1, source: source("full") };
-    worker.start_scripted(move |log| ScriptedPipeline::new(log, move |_, _| Err(fail()))).await;
+    worker.start_scripted(|log| ScriptedPipeline::new(log, |_, _| Err(out_of_memory(1)))).await;
     let ended = worker.ended().await;
     assert!(
         matches!(&ended, Err(RunError::Unfit { reason }) if reason.starts_with("3 jobs in a row")),

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use schema::ValidJobSpec;
 use worker::control::{Control, Verdict};
 use worker::pipeline::{
-    Denoised, Generated, GeneratedImage, PictureOutcome, Pipeline, PipelineError, PipelineIdentity,
+    Denoised, Generated, GeneratedImage, PictureOutcome, Pipeline, PipelineError, PipelineIdentity, Source,
     StageTimes,
 };
 
@@ -94,6 +94,18 @@ pub fn picture(spec: &ValidJobSpec) -> GeneratedImage {
         recipe: spec.recipe(),
         engine: None,
     }
+}
+
+/// Whatever lies below a pipeline's error.
+pub fn source(text: &'static str) -> Source {
+    #[derive(Debug, thiserror::Error)]
+    #[error("{0}")]
+    struct Text(&'static str);
+    Arc::new(Text(text))
+}
+
+pub fn out_of_memory(batch_size: usize) -> PipelineError {
+    PipelineError::OutOfMemory { batch_size, source: source("full") }
 }
 
 /// More steps than any test has time for.

@@ -6,22 +6,11 @@ use std::sync::{Arc, Barrier};
 use schema::{ErrorClass, JobState, LeaseReturn};
 use worker::control::Verdict;
 use worker::engine::EngineError;
-use worker::pipeline::{PipelineError, Source};
+use worker::pipeline::PipelineError;
 use worker::run::{RunError, StopReason};
 
-use crate::pipelines::{ScriptedPipeline, draw, until_one_is_lost, until_stopped};
+use crate::pipelines::{ScriptedPipeline, draw, out_of_memory, source, until_one_is_lost, until_stopped};
 use crate::worker_under_test::{Event, Setup, WorkerUnderTest};
-
-fn source(text: &'static str) -> Source {
-    #[derive(Debug, thiserror::Error)]
-    #[error("{0}")]
-    struct Text(&'static str);
-    Arc::new(Text(text))
-}
-
-fn out_of_memory(batch_size: usize) -> PipelineError {
-    PipelineError::OutOfMemory { batch_size, source: source("full") }
-}
 
 #[tokio::test]
 async fn an_error_of_the_second_half_is_narrowed_down_to_its_job() {
