@@ -15,7 +15,8 @@ build: deps ## The two binaries, in release mode
 demo: build ## Prompts in, pictures out, on this machine, with a contact sheet to look at
 	@demo/run.sh
 
-test: deps ## Everything that CI runs
+test: ## Everything that CI runs
+	@deploy/install-dependencies.sh --tests
 	@deploy/run-tests.sh
 
 bench: build ## The model's speed on this machine, beside diffusers if PYTHON (python3) has it

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Installs what Darkroom needs beside a Rust toolchain, and nothing that is there already:
 # RabbitMQ and PostgreSQL from Debian, libtorch from PyPI's torch wheel into .deps/ of this checkout,
-# and CLIP's byte-pair vocabulary for the tokenizer tests. Safe to run again; says what it reused.
+# and CLIP's byte-pair vocabulary for the tokenizer tests; with `--tests` cuDNN, too, by which the tests make
+# execution plans. Safe to run again; says what it reused.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -92,4 +93,21 @@ else
   echo "$vocabulary_sha256  $DEPS/wheels/bpe_simple_vocab_16e6.txt.gz" | sha256sum --check --quiet
   python3 deploy/clip_vocabulary.py "$DEPS/wheels/bpe_simple_vocab_16e6.txt.gz" "$DEPS/clip"
   rm -rf "$DEPS/wheels"
+fi
+
+# --- cuDNN, for the tests that make plans for GPUs that are not here --------------------------------
+[ "${1:-}" = --tests ] || exit 0
+# The version that the torch wheel asks for.
+CUDNN_VERSION=9.19.0.56
+if [ "$(cat "$DEPS/cudnn/VERSION" 2>/dev/null)" = "$CUDNN_VERSION" ]; then
+  say "reusing cuDNN $CUDNN_VERSION"
+else
+  say "fetching cuDNN $CUDNN_VERSION (PyPI's nvidia-cudnn-cu13 wheel, 0.4 GB)"
+  rm -rf "$DEPS/cudnn" "$DEPS/wheels"
+  mkdir -p "$DEPS/cudnn/lib" "$DEPS/wheels"
+  fetch_wheel "nvidia-cudnn-cu13==$CUDNN_VERSION"
+  # All but the part for recurrent networks and the like.
+  unzip -q -o -j "$DEPS"/wheels/nvidia_cudnn_cu13-*.whl 'nvidia/cudnn/lib/*.so.9' -x '*libcudnn_adv*' -d "$DEPS/cudnn/lib"
+  rm -rf "$DEPS/wheels"
+  echo "$CUDNN_VERSION" >"$DEPS/cudnn/VERSION"
 fi

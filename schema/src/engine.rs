@@ -14,7 +14,8 @@ pub struct EngineFingerprint {
     pub torch: String,
     /// cuDNN's version.
     pub cudnn: String,
-    /// The kernels: `plain`, or `fused` or `attention` and what they were compiled for.
+    /// The kernels: `plain`, or `fused` or `attention` and what they were compiled for; and which engines are pinned for
+    /// convolutions, if any.
     pub kernels: String,
     /// Pictures that were computed at once, made-up ones included.
     pub batch_size: usize,

@@ -18,17 +18,19 @@ use std::time::Instant;
 use anyhow::{Context as _, ensure};
 
 pub use self::checkpoint::ModelSize;
+pub(crate) use self::checkpoint::write as write_settings;
 use self::decode_lane::DecodeLane;
+pub(crate) use self::measure::requests;
 use self::measure::{Bench, Call};
 use self::report::{Report, Run};
 use crate::batching_args::{Switch, batching};
 use crate::diffusion::cuda::{AttentionKernel, set_attention_order};
 use crate::diffusion::device::set_threads_per_picture;
 use crate::diffusion::{
-    ComputeDevice, ComputeDtype, GenerationParameters, KernelChoice, LoadOptions, SchedulerKind,
-    StableDiffusionPipeline,
+    ComputeDevice, ComputeDtype, GenerationParameters, SchedulerKind, StableDiffusionPipeline,
 };
 use crate::generate::RecipeArgs;
+use crate::kernel_args::KernelArgs;
 
 /// Measures the model's speed, stage by stage, with weights drawn from a seed.
 #[derive(Debug, clap::Args)]
@@ -58,10 +60,9 @@ pub struct BenchArgs {
     /// Where to compute: cpu, cuda or cuda:N.
     #[arg(long, default_value = "cpu")]
     pub device: ComputeDevice,
-    /// What a GPU computes with: fused (our own kernels where they fit), plain (libtorch's alone) or attention (fused, and
-    /// attention of our own for heads of 40 or 80 values in 16 bits).
-    #[arg(long, default_value_t = KernelChoice::default(), value_name = "plain|fused|attention")]
-    pub kernels: KernelChoice,
+    /// What a GPU computes with.
+    #[command(flatten)]
+    pub kernels: KernelArgs,
     /// Threads of the CPU that work on one picture.
     #[arg(long, value_name = "COUNT", default_value_t = NonZeroUsize::MIN)]
     pub cpu_threads: NonZeroUsize,
@@ -212,7 +213,7 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
 
 /// The model, from files if there are any.
 fn load(args: &BenchArgs, folder: &Path, dtype: ComputeDtype) -> anyhow::Result<StableDiffusionPipeline> {
-    let options = LoadOptions { device: args.device, dtype, kernels: args.kernels };
+    let options = args.kernels.load_options(args.device, dtype)?;
     Ok(if args.model.is_some() || args.save_model.is_some() {
         StableDiffusionPipeline::from_pretrained(folder, &options)?
     } else {

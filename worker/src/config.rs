@@ -10,10 +10,12 @@ use secrecy::SecretString;
 
 use crate::batching_args::{Switch, batching};
 use crate::bench::BenchArgs;
-use crate::diffusion::{Batching, ComputeDevice, ComputeDtype, KernelChoice};
+use crate::diffusion::{Batching, ComputeDevice, ComputeDtype};
 use crate::engine::Lanes;
 use crate::generate::GenerateArgs;
+use crate::kernel_args::KernelArgs;
 use crate::object_store::Addressing;
+use crate::tune::TuneArgs;
 
 /// Darkroom's GPU worker.
 #[derive(Debug, clap::Parser)]
@@ -40,6 +42,8 @@ pub enum Command {
     Generate(Box<GenerateArgs>),
     /// Measures the model's speed, stage by stage, with weights drawn from a seed.
     Bench(Box<BenchArgs>),
+    /// Finds the fastest engine of cuDNN for each convolution of a model on this GPU, and pins them in a file.
+    Tune(Box<TuneArgs>),
 }
 
 /// How log lines look.
@@ -80,10 +84,9 @@ pub struct Config {
     /// a CPU they are slow. The first noise is drawn in it too, so it changes which picture belongs to a seed.
     #[arg(long, env = "DARKROOM_DTYPE", default_value = "f32")]
     pub dtype: ComputeDtype,
-    /// What a GPU computes with: fused (our own kernels where they fit), plain (libtorch's alone) or attention (fused, and
-    /// attention of our own for heads of 40 or 80 values in 16 bits). Without a meaning on the CPU.
-    #[arg(long, env = "DARKROOM_KERNELS", default_value_t = KernelChoice::default(), value_name = "plain|fused|attention")]
-    pub kernels: KernelChoice,
+    /// What a GPU computes with.
+    #[command(flatten)]
+    pub kernels: KernelArgs,
     /// The most jobs that share a forward pass. More is faster on a GPU until memory or its arithmetic is full (16 to 33
     /// on a big one); a CPU gains nothing from it. The worker holds three times as many messages of each priority band.
     #[arg(long, env = "DARKROOM_MAX_MICROBATCH", default_value_t = 4, value_name = "N",

@@ -10,7 +10,7 @@
 //! let device: ComputeDevice = "cpu".parse()?;            // or "cuda:0"
 //! device.open()?;                                        // opens the CUDA libraries, or limits threads on the CPU
 //!
-//! let options = LoadOptions { device, dtype: ComputeDtype::F32, kernels: KernelChoice::Fused };
+//! let options = LoadOptions { device, dtype: ComputeDtype::F32, kernels: KernelChoice::Fused, convolutions: None };
 //! let pipeline = StableDiffusionPipeline::from_pretrained(directory, &options)?;   // LoadError lists every fault
 //! pipeline.default_size()       -> (width, height)       // unet.sample_size × vae_scale_factor
 //! pipeline.default_scheduler()  -> Option<SchedulerKind> // the checkpoint's own class, if it is one of ours
@@ -46,6 +46,7 @@
 pub mod clip_image_processor;
 pub mod clip_tokenizer;
 pub mod config;
+pub mod convolution;
 pub mod cuda;
 pub mod device;
 pub mod drawn_weights;

@@ -21,10 +21,10 @@ use crate::diffusion::models::autoencoder_kl::AutoencoderKLConfig;
 use crate::diffusion::pipeline_stable_diffusion::{InputFault, size_faults};
 use crate::diffusion::{
     ComputeDevice, ComputeDtype, GeneratedImage, GenerationParameters, ImageError, ImageRequest,
-    KernelChoice, LoadOptions, PipelineError, Recipe, SchedulerKind, StableDiffusionPipeline, StageSeconds,
-    StepControl,
+    PipelineError, Recipe, SchedulerKind, StableDiffusionPipeline, StageSeconds, StepControl,
 };
 use crate::infotext::Parameters;
+use crate::kernel_args::KernelArgs;
 
 /// Seeds from here on repeat: PyTorch's CPU generator takes the low 32 bits.
 const SEED_PERIOD: u64 = 1 << 32;
@@ -65,10 +65,9 @@ pub struct GenerateArgs {
     /// Precision to compute in: f32, f16 or bf16. Half the memory and, on a GPU, more than twice the speed in 16 bits.
     #[arg(long, default_value = "f32")]
     pub dtype: String,
-    /// What a GPU computes with: fused (our own kernels where they fit), plain (libtorch's alone) or attention (fused, and
-    /// attention of our own for heads of 40 or 80 values in 16 bits). Without a meaning on the CPU.
-    #[arg(long, default_value_t = KernelChoice::default(), value_name = "plain|fused|attention")]
-    pub kernels: KernelChoice,
+    /// What a GPU computes with.
+    #[command(flatten)]
+    pub kernels: KernelArgs,
     /// Threads of the CPU to use. More are faster on an idle machine, and change the picture's last bits.
     #[arg(long, value_name = "COUNT", default_value_t = NonZeroUsize::MIN)]
     pub cpu_threads: NonZeroUsize,
@@ -180,7 +179,7 @@ pub fn run(args: &GenerateArgs) -> anyhow::Result<()> {
         set_threads_per_picture(args.cpu_threads);
     }
     valid.device.open()?;
-    let options = LoadOptions { device: valid.device, dtype: valid.dtype, kernels: args.kernels };
+    let options = args.kernels.load_options(valid.device, valid.dtype)?;
     let pipeline = StableDiffusionPipeline::from_pretrained(&args.model, &options)?;
     pipeline.set_batching(args.batching.to_batching(valid.device));
     let load = start.elapsed().as_secs_f64();
@@ -384,7 +383,7 @@ fn parent(path: &Path) -> &Path {
 }
 
 /// Writes a file so that its path never holds half of it: under another name first, then renamed.
-fn write_atomically(path: &Path, bytes: &[u8]) -> anyhow::Result<()> {
+pub(crate) fn write_atomically(path: &Path, bytes: &[u8]) -> anyhow::Result<()> {
     let failed = || format!("cannot write {}", path.display());
     let mut builder = tempfile::Builder::new();
     // As for any new file; the process's umask takes its part away.

@@ -24,6 +24,7 @@ fn main() -> ExitCode {
     let ended = worker::logging::start(&cli).and_then(|()| match cli.command {
         Command::Generate(arguments) => generate::run(&arguments),
         Command::Bench(arguments) => worker::bench::run(&arguments),
+        Command::Tune(arguments) => worker::tune::run(&arguments),
         Command::Run(config) => leave(serve(*config)),
     });
     ended.map_or_else(|error| ExitCode::from(exit_code(&error)), |()| ExitCode::SUCCESS)

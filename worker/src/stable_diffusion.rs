@@ -49,7 +49,8 @@ pub struct StableDiffusionPipeline {
 impl StableDiffusionPipeline {
     /// Loads a checkpoint's folder. To be called before anything else uses libtorch, on the thread that will own it.
     pub fn load(folder: &Path, options: LoadOptions) -> Result<Self, PipelineError> {
-        Self::load_batching(folder, options, Batching::of(options.device))
+        let batching = Batching::of(options.device);
+        Self::load_batching(folder, options, batching)
     }
 
     /// As [`Self::load`], with a say in how pictures of a call are computed.
@@ -130,7 +131,7 @@ impl Pipeline for StableDiffusionPipeline {
         let times = times(denoised.seconds);
         let finishing = Finishing {
             finisher: self.model.finisher(),
-            options: self.model.options(),
+            options: self.model.options().clone(),
             folder: self.folder.clone(),
             fingerprint: self.fingerprint.clone(),
             is_short: self.is_short.clone(),
@@ -305,7 +306,7 @@ mod tests {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/tiny");
         let kernels = diffusion::KernelChoice::Plain;
         let dtype = diffusion::ComputeDtype::F32;
-        let options = LoadOptions { device: ComputeDevice::Cpu, dtype, kernels };
+        let options = LoadOptions { device: ComputeDevice::Cpu, dtype, kernels, convolutions: None };
         let batching = Batching { size: BatchSize::Padded(4), decode_size: 1, graph: false };
         let mut pipeline = StableDiffusionPipeline::load_batching(&folder, options, batching).unwrap();
         let defaults = schema::SpecDefaults::of_model(64, 64, NoiseScheduler::Ddim);

@@ -16,7 +16,6 @@ use tracing::{info, warn};
 use crate::amqp::{self, AmqpQueue, AmqpSettings};
 use crate::backoff::{Backoff, Chain, Patience};
 use crate::config::{Config, PipelineChoice};
-use crate::diffusion::LoadOptions;
 use crate::engine::{Engine, Lanes};
 use crate::metrics::Metrics;
 use crate::model_files;
@@ -174,8 +173,7 @@ impl Loading {
             PipelineChoice::StableDiffusion => {
                 let folder = config.model_dir.clone().unwrap_or_else(|| PathBuf::from(&model.folder));
                 let files = Some((model.clone(), folder.clone()));
-                let options =
-                    LoadOptions { device: config.device, dtype: config.dtype, kernels: config.kernels };
+                let options = config.kernels.load_options(config.device, config.dtype)?;
                 let batching = config.batching()?;
                 let load = move || {
                     Ok(Box::new(StableDiffusionPipeline::load_batching(&folder, options, batching)?) as _)

@@ -2,6 +2,8 @@
 //! launches through whole networks against the golden files, and what is checked in against its sources.
 #![allow(clippy::unwrap_used, reason = "clippy.toml allows it in test functions; this is for their helpers")]
 
+#[path = "kernels/convolutions.rs"]
+mod convolutions;
 #[path = "kernels/feature_maps.rs"]
 mod feature_maps;
 #[path = "support/golden.rs"]

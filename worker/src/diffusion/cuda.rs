@@ -243,7 +243,7 @@ impl Gpu {
 }
 
 /// CUDA's and cuDNN's versions are one number each: 13000 is 13.0, 91900 is 9.19.0.
-fn dotted(version: i64, major: i64, minor: i64) -> String {
+pub(super) fn dotted(version: i64, major: i64, minor: i64) -> String {
     let (front, rest) = (version / major, version % major);
     if minor == 100 {
         format!("{front}.{}.{}", rest / minor, rest % minor)

@@ -6,6 +6,7 @@
 //! there is no launcher. [`Kernels`] also says how feature maps lie in memory, since the kernels read channels_last.
 
 mod attention;
+mod choice;
 mod cubins;
 mod cuda;
 mod feature_map;
@@ -16,55 +17,22 @@ mod plain;
 mod self_check;
 
 use std::fmt;
-use std::str::FromStr;
 use std::sync::Arc;
 
 use tch::{Kind, TchError, Tensor};
 
+pub use self::choice::KernelChoice;
 pub use self::cubins::{CUBINS, Cubin, MANIFEST};
 pub use self::feature_map::FeatureMap;
 use self::feature_map::Statistics;
-pub use self::launch::{Argument, Call, Kernel, Launch};
+pub use self::launch::{Argument, Call, Kernel, Launch, Stream};
 pub use self::linear_step::{LinearStepTensors, guided};
+pub(super) use self::self_check::tolerance;
 pub use self::self_check::{SelfCheckError, self_check};
-use super::device::{ComputeDevice, ComputeDtype, DeviceError};
-
-/// Which operations a GPU computes with: parsed from `plain`, `fused` or `attention`. Without a meaning on the CPU.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum KernelChoice {
-    /// libtorch's alone.
-    Plain,
-    /// Our own kernels for what they take, where the GPU is of a kind that they were compiled for and they agree with
-    /// libtorch's operations on it.
-    #[default]
-    Fused,
-    /// As [`Self::Fused`], with attention of our own for heads of 40 or 80 values in 16 bits. Not the default before it has
-    /// been measured beside libtorch's.
-    Attention,
-}
-
-impl fmt::Display for KernelChoice {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Plain => "plain",
-            Self::Fused => "fused",
-            Self::Attention => "attention",
-        })
-    }
-}
-
-impl FromStr for KernelChoice {
-    type Err = DeviceError;
-
-    fn from_str(name: &str) -> Result<Self, Self::Err> {
-        match name {
-            "plain" => Ok(Self::Plain),
-            "fused" => Ok(Self::Fused),
-            "attention" => Ok(Self::Attention),
-            _ => Err(DeviceError::UnknownKernels { name: name.to_owned() }),
-        }
-    }
-}
+use super::convolution::{Convolution, ConvolutionEngines, Convolve, Operands, PinnedConvolutions};
+use super::cuda::Gpu;
+use super::device::{ComputeDevice, ComputeDtype};
+use super::load_error::Fault;
 
 /// A GroupNorm's parameters.
 #[derive(Debug, Clone, Copy)]
@@ -96,6 +64,7 @@ pub struct LayerNormParameters<'t> {
 #[derive(Debug, Clone)]
 pub struct Kernels {
     launcher: Option<Arc<dyn Launch>>,
+    convolver: Option<Arc<dyn Convolve>>,
     is_channels_last: bool,
     has_attention: bool,
 }
@@ -131,14 +100,51 @@ impl Kernels {
         Self::plain(true)
     }
 
+    /// With the convolutions that `engines` are named for computed by them, on a GPU and in 16 bits. The faults say why they
+    /// cannot be had: whoever names a file gets what is in it, or an error.
+    pub fn with_engines(
+        self,
+        device: ComputeDevice,
+        dtype: ComputeDtype,
+        engines: Option<&ConvolutionEngines>,
+    ) -> Result<Self, Vec<Fault>> {
+        let (ComputeDevice::Cuda(index), Some(engines)) = (device, engines) else { return Ok(self) };
+        if dtype == ComputeDtype::F32 {
+            return Ok(self);
+        }
+        let fault = |reason: String| Fault::Convolutions { reason };
+        let gpu = Gpu::describe(index).map_err(|error| vec![fault(error.to_string())])?;
+        let faults = engines.faults_on(&gpu.name, &gpu.cudnn);
+        if !faults.is_empty() {
+            return Err(faults.into_iter().map(|wrong| fault(wrong.to_string())).collect());
+        }
+        let Some(launcher) = self.launcher.clone() else {
+            return Err(vec![fault("they need kernels of our own, which are not used here".to_owned())]);
+        };
+        match PinnedConvolutions::open(launcher, engines) {
+            Ok(convolver) => Ok(self.with_convolver(Arc::new(convolver))),
+            Err(error) => Err(vec![fault(error.to_string())]),
+        }
+    }
+
     /// libtorch's operations alone.
     pub fn plain(is_channels_last: bool) -> Self {
-        Self { launcher: None, is_channels_last, has_attention: false }
+        Self { launcher: None, convolver: None, is_channels_last, has_attention: false }
     }
 
     /// Our own kernels, where they take what a layer has.
     pub fn fused(launcher: Arc<dyn Launch>) -> Self {
-        Self { launcher: Some(launcher), is_channels_last: true, has_attention: false }
+        Self { launcher: Some(launcher), convolver: None, is_channels_last: true, has_attention: false }
+    }
+
+    /// With convolutions by `convolver`, where it takes them.
+    pub fn with_convolver(self, convolver: Arc<dyn Convolve>) -> Self {
+        Self { convolver: Some(convolver), ..self }
+    }
+
+    /// What starts our own kernels, if there are any.
+    pub(super) fn launcher(&self) -> Option<&Arc<dyn Launch>> {
+        self.launcher.as_ref()
     }
 
     /// With attention of our own, too.
@@ -162,6 +168,40 @@ impl Kernels {
             return Ok(tensor.shallow_clone());
         }
         from_pixels(&pixels(tensor)?.f_contiguous()?)
+    }
+
+    /// The convolution of `operands`, with what they add.
+    pub fn convolve(&self, operands: &Operands<'_>) -> Result<Tensor, TchError> {
+        match self.convolve_pinned(operands)? {
+            Some(output) => Ok(output),
+            None => operands.convolve(),
+        }
+    }
+
+    /// As [`Self::convolve`], if there is an engine for it.
+    fn convolve_pinned(&self, operands: &Operands<'_>) -> Result<Option<Tensor>, TchError> {
+        let Some(convolver) = &self.convolver else { return Ok(None) };
+        // Latents, which a model's first convolution reads, lie by channels.
+        let by_pixels = (!is_by_pixels(operands.input)).then(|| self.lay_out(operands.input)).transpose()?;
+        let operands = Operands { input: by_pixels.as_ref().unwrap_or(operands.input), ..*operands };
+        let Some(convolution) = Convolution::of(&operands) else { return Ok(None) };
+        convolver.convolve(&convolution, &operands)
+    }
+
+    /// As [`Self::convolve`], to a feature map that a GroupNorm of `num_groups` reads. `operands` have a bias. Where our own
+    /// kernels add bias and residual, the norm's statistics are taken on the way; inside a convolution they are not.
+    pub fn convolve_map(&self, operands: &Operands<'_>, num_groups: i64) -> Result<FeatureMap, TchError> {
+        if let Some(output) = self.convolve_pinned(operands)? {
+            return Ok(FeatureMap::from(output));
+        }
+        let Operands { bias, residual, .. } = *operands;
+        // libtorch adds a bias in a pass of its own on a GPU, and on a CPU inside.
+        let (inside, after) = if self.is_fused() { (None, bias) } else { (bias, None) };
+        let map = self.convolve(&Operands { bias: inside, residual: None, ..*operands })?;
+        if after.is_none() && residual.is_none() {
+            return Ok(FeatureMap::from(map));
+        }
+        self.add_bias_residual(map, after, residual, num_groups)
     }
 
     /// GroupNorm of `input` plus `addend` over `(batch_size, channels, …)`, to the same shape. `addend` is
@@ -291,14 +331,19 @@ impl Kernels {
 }
 
 impl fmt::Display for Kernels {
-    /// `plain`, or `fused` or `attention` and what the kernels were compiled for.
+    /// `plain`, or `fused` or `attention`, what the kernels were compiled for, and which engines are pinned:
+    /// `fused sm_90a, convolutions 0123456789ab`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.launcher {
             Some(launcher) => {
                 let choice = if self.has_attention { KernelChoice::Attention } else { KernelChoice::Fused };
-                write!(f, "{choice} {}", launcher.architecture())
+                write!(f, "{choice} {}", launcher.architecture())?;
             }
-            None => KernelChoice::Plain.fmt(f),
+            None => KernelChoice::Plain.fmt(f)?,
+        }
+        match &self.convolver {
+            Some(convolver) => write!(f, ", convolutions {}", convolver.name()),
+            None => Ok(()),
         }
     }
 }
@@ -306,6 +351,11 @@ impl fmt::Display for Kernels {
 /// A feature map `(batch_size, channels, height, width)` by pixels, `(batch_size, height, width, channels)`; a view.
 pub(super) fn pixels(map: &Tensor) -> Result<Tensor, TchError> {
     map.f_permute([0, 2, 3, 1])
+}
+
+/// Whether a map's channels are side by side and its pixels in one piece.
+pub(super) fn is_by_pixels(map: &Tensor) -> bool {
+    pixels(map).is_ok_and(|pixels| pixels.is_contiguous())
 }
 
 /// The reverse of [`pixels`].

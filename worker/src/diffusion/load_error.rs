@@ -127,6 +127,12 @@ pub enum Fault {
         /// libtorch's answer.
         error: tch::TchError,
     },
+    /// Engines were named for convolutions and cannot be used here.
+    #[error("engines for convolutions: {reason}")]
+    Convolutions {
+        /// Which rule is broken, or cuDNN's words.
+        reason: String,
+    },
     /// The device cannot be used.
     #[error(transparent)]
     Device(#[from] super::device::DeviceError),
@@ -155,6 +161,9 @@ impl LoadError {
         }
         if any(|fault| matches!(fault, Fault::Config { field, .. } if field == "_class_name")) {
             hints.push("only the Stable Diffusion v1 family is supported: no SD 2, SDXL or SD 3");
+        }
+        if any(|fault| matches!(fault, Fault::Convolutions { .. })) {
+            hints.push("`darkroom-worker tune` on this kind of GPU writes a file of engines that fits it");
         }
         hints
     }

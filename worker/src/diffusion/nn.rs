@@ -2,6 +2,7 @@
 
 use tch::{Kind, TchError, Tensor};
 
+use super::convolution::Operands;
 use super::kernels::{FeatureMap, GroupNormParameters, Kernels, LayerNormParameters, from_pixels, pixels};
 use super::weights::Weights;
 
@@ -158,6 +159,7 @@ pub struct Conv2d {
     bias: Tensor,
     stride: i64,
     padding: i64,
+    kernels: Kernels,
 }
 
 impl Conv2d {
@@ -168,6 +170,7 @@ impl Conv2d {
             bias: weights.tensor("bias", &[out_channels]),
             stride: 1,
             padding: kernel_size / 2,
+            kernels: weights.kernels().clone(),
         }
     }
 
@@ -183,17 +186,32 @@ impl Conv2d {
 
     /// As [`Self::forward`], with another bias `(out_channels)` than the layer's own.
     pub fn forward_with_bias(&self, input: &Tensor, bias: &Tensor) -> Result<Tensor, TchError> {
-        self.convolve(input, Some(bias))
+        self.kernels.convolve(&self.operands(input, Some(bias), None))
     }
 
-    /// As [`Self::forward`], without the bias, which the caller sees to: on a GPU it is a pass of its own.
+    /// As [`Self::forward`], without the bias, which the caller sees to: on a GPU it may be a pass of its own.
     pub fn forward_without_bias(&self, input: &Tensor) -> Result<Tensor, TchError> {
-        self.convolve(input, None)
+        self.kernels.convolve(&self.operands(input, None, None))
     }
 
-    fn convolve(&self, input: &Tensor, bias: Option<&Tensor>) -> Result<Tensor, TchError> {
-        let (stride, padding) = ([self.stride; 2], [self.padding; 2]);
-        input.f_conv2d(&self.weight, bias, stride, padding, [1, 1], 1)
+    /// As [`Self::forward`], plus `residual` of the output's shape, to a map that a GroupNorm of `num_groups` reads.
+    pub fn forward_map(
+        &self,
+        input: &Tensor,
+        residual: Option<&Tensor>,
+        num_groups: i64,
+    ) -> Result<FeatureMap, TchError> {
+        self.kernels.convolve_map(&self.operands(input, Some(&self.bias), residual), num_groups)
+    }
+
+    fn operands<'t>(
+        &'t self,
+        input: &'t Tensor,
+        bias: Option<&'t Tensor>,
+        residual: Option<&'t Tensor>,
+    ) -> Operands<'t> {
+        let Self { weight, stride, padding, .. } = self;
+        Operands { input, weight, bias, residual, stride: *stride, padding: *padding }
     }
 
     /// The layer's bias `(out_channels)`.
@@ -207,22 +225,17 @@ impl Conv2d {
 pub struct MapConv2d {
     conv: Conv2d,
     num_groups: i64,
-    kernels: Kernels,
 }
 
 impl MapConv2d {
-    /// The convolution, loaded from `weights`, before a GroupNorm of `num_groups`.
-    pub fn new(weights: &Weights<'_>, conv: Conv2d, num_groups: i64) -> Self {
-        Self { conv, num_groups, kernels: weights.kernels().clone() }
+    /// The convolution before a GroupNorm of `num_groups`.
+    pub fn new(conv: Conv2d, num_groups: i64) -> Self {
+        Self { conv, num_groups }
     }
 
-    /// As [`Conv2d::forward`]. The norm's statistics are taken where the bias is a pass of its own anyway.
+    /// As [`Conv2d::forward`].
     pub fn forward(&self, input: &Tensor) -> Result<FeatureMap, TchError> {
-        if !self.kernels.is_fused() {
-            return self.conv.forward(input).map(FeatureMap::from);
-        }
-        let map = self.conv.forward_without_bias(input)?;
-        self.kernels.add_bias_residual(map, Some(self.conv.bias()), None, self.num_groups)
+        self.conv.forward_map(input, None, self.num_groups)
     }
 }
 

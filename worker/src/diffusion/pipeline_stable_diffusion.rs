@@ -93,11 +93,12 @@ impl StableDiffusionPipeline {
     }
 
     /// Where and in which precision the models compute.
-    pub fn options(&self) -> LoadOptions {
-        self.options
+    pub fn options(&self) -> &LoadOptions {
+        &self.options
     }
 
-    /// What the models compute with: `plain`, or `fused` or `attention` and what our own kernels were compiled for.
+    /// What the models compute with: `plain`, or `fused` or `attention` and what our own kernels were compiled for; and which
+    /// engines are pinned for convolutions, if any.
     pub fn kernels(&self) -> String {
         self.kernels.to_string()
     }

@@ -81,14 +81,14 @@ impl Finishing {
     /// first noise stays that of the dtype asked for. The weights are read for it and dropped after it: it is rare, and
     /// memory is better spent on microbatches.
     fn retry_in_f32(&self, pictures: &mut [PictureOutcome], control: &mut Control) {
-        let options = self.options;
+        let options = &self.options;
         let is_not_finite = |picture: &PictureOutcome| {
             matches!(picture, PictureOutcome::Failed(PipelineError::NonFinite { .. }))
         };
         if options.dtype == ComputeDtype::F32 || !pictures.iter().any(is_not_finite) {
             return;
         }
-        let options = LoadOptions { dtype: ComputeDtype::F32, ..options };
+        let options = LoadOptions { dtype: ComputeDtype::F32, ..options.clone() };
         let model = match diffusion::StableDiffusionPipeline::from_pretrained(&self.folder, &options) {
             Ok(model) => model,
             Err(error) => {

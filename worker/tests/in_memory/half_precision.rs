@@ -15,8 +15,12 @@ use crate::checkpoint::{Checkpoint, UNET, VAE};
 use crate::worker_under_test::{Setup, WorkerUnderTest};
 
 const F16: LoadOptions = LoadOptions { dtype: ComputeDtype::F16, ..F32 };
-const F32: LoadOptions =
-    LoadOptions { device: ComputeDevice::Cpu, dtype: ComputeDtype::F32, kernels: KernelChoice::Plain };
+const F32: LoadOptions = LoadOptions {
+    device: ComputeDevice::Cpu,
+    dtype: ComputeDtype::F32,
+    kernels: KernelChoice::Plain,
+    convolutions: None,
+};
 /// Below the largest number of f16, 65504, so that the weights are finite in it and what they are multiplied to is not.
 const OVERFLOWS_F16: f64 = 60_000.0;
 /// The same for f32, whose largest number is 3.4e38.

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use tch::{Device, TchError};
-use worker::diffusion::kernels::{Argument, Call, Kernels, Launch};
+use worker::diffusion::kernels::{Argument, Call, Kernels, Launch, Stream};
 
 /// `run_kernel` of `on_host.h`: name, grid, threads, shared bytes, reversed, kinds, arguments, message and its size.
 type RunKernel = unsafe extern "C" fn(
@@ -144,5 +144,9 @@ impl Launch for HostKernels {
         // SAFETY: the text ends with a zero, as the array began with zeros only and snprintf ends with one.
         let message = unsafe { CStr::from_ptr(message.as_ptr()) }.to_string_lossy();
         if message.is_empty() { Ok(()) } else { Err(TchError::Torch(message.into_owned())) }
+    }
+
+    fn on_stream(&self, work: &mut dyn FnMut(Stream) -> Result<(), TchError>) -> Result<(), TchError> {
+        work(std::ptr::null_mut())
     }
 }

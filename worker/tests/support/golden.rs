@@ -14,8 +14,12 @@ use worker::diffusion::{ComputeDevice, ComputeDtype, KernelChoice, LoadOptions, 
 pub const CHECKPOINTS: [&str; 2] = ["tiny", "small"];
 
 /// Computing in f32 on the CPU.
-pub const F32: LoadOptions =
-    LoadOptions { device: ComputeDevice::Cpu, dtype: ComputeDtype::F32, kernels: KernelChoice::Plain };
+pub const F32: LoadOptions = LoadOptions {
+    device: ComputeDevice::Cpu,
+    dtype: ComputeDtype::F32,
+    kernels: KernelChoice::Plain,
+    convolutions: None,
+};
 
 /// How far a tensor may be from the reference: the largest difference against the reference's largest value.
 pub const TOLERANCE: f64 = 1e-4;

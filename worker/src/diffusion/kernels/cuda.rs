@@ -12,7 +12,7 @@ use tch::{Device, TchError};
 
 use super::super::device::open_for_good;
 use super::cubins;
-use super::launch::{Call, Kernel, Launch};
+use super::launch::{Call, Kernel, Launch, Stream};
 
 /// The driver's library.
 const DRIVER: &str = "libcuda.so.1";
@@ -162,19 +162,11 @@ impl Launch for CudaKernels {
         if function.is_null() {
             return Err(TchError::Torch(format!("there is no kernel {kernel}")));
         }
-        let mut stream = ptr::null_mut();
-        let number = i32::try_from(self.index).unwrap_or(i32::MAX);
-        // SAFETY: libtorch's own type; it writes the stream's handle.
-        if unsafe { (self.functions.current_stream)(number, &raw mut stream) } != 0 {
-            return Err(TchError::Torch(format!(
-                "libtorch does not tell the current stream of cuda:{number}"
-            )));
-        }
         // The driver reads as many bytes from each pointer as the parameter has: the values of an `Argument`, and not it.
         let mut values: Vec<u64> = call.arguments.iter().map(|argument| argument.bits()).collect();
         let mut pointers: Vec<*mut c_void> =
             values.iter_mut().map(|value| ptr::from_mut(value).cast()).collect();
-        self.functions.within(self.context, || {
+        self.on_stream(&mut |stream| {
             // SAFETY: the function is of a module in this context; the caller promises that the arguments are what the
             // kernel takes. The driver copies them before it returns.
             let status = unsafe {
@@ -194,6 +186,18 @@ impl Launch for CudaKernels {
             };
             self.functions.check(&format!("launching {kernel}"), status)
         })
+    }
+
+    fn on_stream(&self, work: &mut dyn FnMut(Stream) -> Result<(), TchError>) -> Result<(), TchError> {
+        let mut stream = ptr::null_mut();
+        let number = i32::try_from(self.index).unwrap_or(i32::MAX);
+        // SAFETY: libtorch's own type; it writes the stream's handle.
+        if unsafe { (self.functions.current_stream)(number, &raw mut stream) } != 0 {
+            return Err(TchError::Torch(format!(
+                "libtorch does not tell the current stream of cuda:{number}"
+            )));
+        }
+        self.functions.within(self.context, || work(stream))
     }
 }
 

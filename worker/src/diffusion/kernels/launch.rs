@@ -1,5 +1,6 @@
 //! The kernels by name, and what it takes to start one.
 
+use std::ffi::c_void;
 use std::fmt;
 
 use tch::{Device, TchError};
@@ -132,6 +133,9 @@ pub struct Call<'a> {
     pub arguments: &'a [Argument],
 }
 
+/// A stream of CUDA; null is the default one.
+pub type Stream = *mut c_void;
+
 /// Starts kernels on a device, in the order of libtorch's own on the current stream.
 pub trait Launch: fmt::Debug + Send + Sync {
     /// Where the tensors have to be.
@@ -146,6 +150,10 @@ pub trait Launch: fmt::Debug + Send + Sync {
     /// The arguments must be what the kernel's parameters are, and their addresses those of as many values as the kernel
     /// reads or writes, which live until libtorch's stream has passed the launch.
     unsafe fn launch(&self, call: &Call<'_>) -> Result<(), TchError>;
+
+    /// Does `work` with the device current on this thread; it is given libtorch's current stream, for libraries that start work
+    /// themselves.
+    fn on_stream(&self, work: &mut dyn FnMut(Stream) -> Result<(), TchError>) -> Result<(), TchError>;
 }
 
 #[cfg(test)]

@@ -23,7 +23,7 @@ pub enum SelfCheckError {
 }
 
 /// How far a result may be from that of f32 arithmetic on the same numbers, of the largest value: a few roundings.
-fn tolerance(dtype: ComputeDtype) -> f64 {
+pub(in crate::diffusion) fn tolerance(dtype: ComputeDtype) -> f64 {
     match dtype {
         ComputeDtype::F32 => 1e-5,
         ComputeDtype::F16 => 2e-3,

@@ -28,7 +28,6 @@ pub struct ResnetBlock2D {
     time_emb_proj: Option<Linear>,
     norm2: GroupNorm,
     conv2: Conv2d,
-    /// Where the second convolution's bias is left to the shortcut, it is in here.
     conv_shortcut: Option<PointwiseConv>,
     groups: i64,
     output_scale_factor: f64,
@@ -39,29 +38,19 @@ impl ResnetBlock2D {
     /// A block from `in_channels` to `out_channels`.
     pub fn load(weights: &Weights<'_>, in_channels: i64, out_channels: i64, config: &ResnetConfig) -> Self {
         let ResnetConfig { temb_channels, groups, eps, output_scale_factor } = *config;
-        let mut block = Self {
+        Self {
             norm1: GroupNorm::load(&(weights / "norm1"), groups, in_channels, eps),
             conv1: Conv2d::load(&(weights / "conv1"), in_channels, out_channels, 3),
             time_emb_proj: temb_channels
                 .map(|temb_channels| Linear::load(&(weights / "time_emb_proj"), temb_channels, out_channels)),
             norm2: GroupNorm::load(&(weights / "norm2"), groups, out_channels, eps),
             conv2: Conv2d::load(&(weights / "conv2"), out_channels, out_channels, 3),
-            conv_shortcut: None,
+            conv_shortcut: (in_channels != out_channels)
+                .then(|| PointwiseConv::load(&(weights / "conv_shortcut"), in_channels, out_channels)),
             groups,
             output_scale_factor,
             kernels: weights.kernels().clone(),
-        };
-        if in_channels != out_channels {
-            let weights = weights / "conv_shortcut";
-            let shortcut = PointwiseConv::load(&weights, in_channels, out_channels);
-            block.conv_shortcut = Some(match shortcut {
-                PointwiseConv::Product(product) if block.kernels.is_fused() => {
-                    PointwiseConv::Product(product.with_more_bias(&weights, block.conv2.bias()))
-                }
-                shortcut => shortcut,
-            });
         }
-        block
     }
 
     /// The bias of the first convolution with the time embedding in it: what is added to every pixel of a channel is a
@@ -85,21 +74,19 @@ impl ResnetBlock2D {
     pub fn forward(&self, input: &FeatureMap, time_bias: Option<&Tensor>) -> Result<FeatureMap, TchError> {
         let time_bias = time_bias.unwrap_or_else(|| self.conv1.bias());
         let normalized = self.norm1.forward_silu(input)?;
-        let is_fused = self.kernels.is_fused();
-        let hidden_states = if is_fused {
-            // The biases come in where the next operation reads its input anyway.
+        let normalized = if self.kernels.is_fused() {
+            // The bias comes in where the next operation reads its input anyway.
             let hidden_states = self.conv1.forward_without_bias(&normalized)?;
-            let normalized = self.norm2.forward_silu_pending(&hidden_states, time_bias)?;
-            self.conv2.forward_without_bias(&normalized)?
+            self.norm2.forward_silu_pending(&hidden_states, time_bias)?
         } else {
             let hidden_states = self.conv1.forward_with_bias(&normalized, time_bias)?;
-            self.conv2.forward(&self.norm2.forward_silu(&hidden_states.into())?)?
+            self.norm2.forward_silu(&hidden_states.into())?
         };
-        let (bias, residual) = match &self.conv_shortcut {
-            Some(conv_shortcut) => (None, conv_shortcut.forward(input.tensor())?),
-            None => (is_fused.then(|| self.conv2.bias()), input.tensor().shallow_clone()),
+        let residual = match &self.conv_shortcut {
+            Some(conv_shortcut) => conv_shortcut.forward(input.tensor())?,
+            None => input.tensor().shallow_clone(),
         };
-        let output = self.kernels.add_bias_residual(hidden_states, bias, Some(&residual), self.groups)?;
+        let output = self.conv2.forward_map(&normalized, Some(&residual), self.groups)?;
         if self.output_scale_factor == 1.0 {
             return Ok(output);
         }
@@ -117,7 +104,7 @@ impl Upsample2D {
     /// An upsampler that keeps the number of channels, before norms of `groups`.
     pub fn load(weights: &Weights<'_>, channels: i64, groups: i64) -> Self {
         let weights = weights / "conv";
-        Self { conv: MapConv2d::new(&weights, Conv2d::load(&weights, channels, channels, 3), groups) }
+        Self { conv: MapConv2d::new(Conv2d::load(&weights, channels, channels, 3), groups) }
     }
 
     /// `(batch_size, channels, height, width)` to twice the height and width, or to `output_size` (height, width).
@@ -147,7 +134,7 @@ impl Downsample2D {
     /// A downsampler that keeps the number of channels, before norms of `groups`.
     pub fn load(weights: &Weights<'_>, channels: i64, groups: i64) -> Self {
         let weights = weights / "conv";
-        Self { conv: MapConv2d::new(&weights, Conv2d::downsampling(&weights, channels), groups) }
+        Self { conv: MapConv2d::new(Conv2d::downsampling(&weights, channels), groups) }
     }
 
     /// `(batch_size, channels, height, width)` to half the height and width, rounded up.

@@ -145,7 +145,7 @@ impl UNet2DConditionModel {
                 first_channels,
                 config.time_embed_dim,
             ),
-            conv_in: MapConv2d::new(&conv_in, first_conv, config.norm_num_groups),
+            conv_in: MapConv2d::new(first_conv, config.norm_num_groups),
             down_blocks: load_down_blocks(&(weights / "down_blocks"), config),
             mid_block: load_mid_block(&(weights / "mid_block"), config),
             up_blocks: load_up_blocks(&(weights / "up_blocks"), config),

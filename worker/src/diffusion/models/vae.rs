@@ -53,7 +53,7 @@ impl Decoder {
         let conv_in = weights / "conv_in";
         let first_conv = Conv2d::load(&conv_in, config.latent_channels, first, 3);
         Self {
-            conv_in: MapConv2d::new(&conv_in, first_conv, config.norm_num_groups),
+            conv_in: MapConv2d::new(first_conv, config.norm_num_groups),
             mid_block: UNetMidBlock2D::load(
                 &(weights / "mid_block"),
                 first,

@@ -11,6 +11,7 @@ use tch::TchError;
 use super::super::clip_image_processor::CLIPImageProcessor;
 use super::super::clip_tokenizer::CLIPTokenizer;
 use super::super::config::{ConfigFile, read_text};
+use super::super::convolution::ConvolutionEngines;
 use super::super::device::{ComputeDevice, ComputeDtype};
 use super::super::drawn_weights::{DrawnTensor, DrawnWeights};
 use super::super::kernels::{KernelChoice, Kernels};
@@ -25,7 +26,7 @@ use super::super::weights::{WeightFile, Weights};
 use super::{Batching, Finisher, StableDiffusionPipeline};
 
 /// Where and in which precision to compute.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct LoadOptions {
     /// The device.
     pub device: ComputeDevice,
@@ -33,6 +34,8 @@ pub struct LoadOptions {
     pub dtype: ComputeDtype,
     /// What a GPU computes with.
     pub kernels: KernelChoice,
+    /// Engines for the convolutions of a GPU in 16 bits; an error on a GPU that they are not for. Without a meaning on the CPU.
+    pub convolutions: Option<Arc<ConvolutionEngines>>,
 }
 
 /// Base name of the weights that diffusers saves (`SAFETENSORS_WEIGHTS_NAME` there).
@@ -95,7 +98,7 @@ impl StableDiffusionPipeline {
     ///
     /// For a GPU, `options.device.open()` must have been the process's first use of libtorch; it is repeated here.
     pub fn from_pretrained(directory: &Path, options: &LoadOptions) -> Result<Self, LoadError> {
-        Loading::new(directory, *options, WeightSource::Files).run().map(|(pipeline, _)| pipeline)
+        Loading::new(directory, options.clone(), WeightSource::Files).run().map(|(pipeline, _)| pipeline)
     }
 
     /// As [`Self::from_pretrained`], computing with these kernels, whatever `options` say: so a GPU's way through the models can be
@@ -105,14 +108,27 @@ impl StableDiffusionPipeline {
         options: &LoadOptions,
         kernels: Kernels,
     ) -> Result<Self, LoadError> {
-        let loading = Loading::new(directory, *options, WeightSource::Files);
+        let loading = Loading::new(directory, options.clone(), WeightSource::Files);
+        Loading { given_kernels: Some(kernels), ..loading }.run().map(|(pipeline, _)| pipeline)
+    }
+
+    /// As [`Self::with_drawn_weights`] and [`Self::from_pretrained_with_kernels`].
+    pub fn with_drawn_weights_and_kernels(
+        directory: &Path,
+        options: &LoadOptions,
+        seed: u64,
+        kernels: Kernels,
+    ) -> Result<Self, LoadError> {
+        let loading = Loading::new(directory, options.clone(), WeightSource::Drawn(seed));
         Loading { given_kernels: Some(kernels), ..loading }.run().map(|(pipeline, _)| pipeline)
     }
 
     /// As [`Self::from_pretrained`] of a checkpoint whose JSON and tokenizer are in `directory` and whose weights are
     /// drawn from `seed` (see [`super::super::drawn_weights`]).
     pub fn with_drawn_weights(directory: &Path, options: &LoadOptions, seed: u64) -> Result<Self, LoadError> {
-        Loading::new(directory, *options, WeightSource::Drawn(seed)).run().map(|(pipeline, _)| pipeline)
+        Loading::new(directory, options.clone(), WeightSource::Drawn(seed))
+            .run()
+            .map(|(pipeline, _)| pipeline)
     }
 
     /// Writes the weights of [`Self::with_drawn_weights`] into `directory`, in f32, so that it becomes a checkpoint that
@@ -122,6 +138,7 @@ impl StableDiffusionPipeline {
             device: ComputeDevice::Cpu,
             dtype: ComputeDtype::F32,
             kernels: KernelChoice::Plain,
+            convolutions: None,
         };
         let (_, drawn) = Loading::new(directory, options, WeightSource::Drawn(seed)).run()?;
         for DrawnComponent { component, stem, tensors } in drawn {
@@ -148,8 +165,13 @@ impl<'d> Loading<'d> {
         self.options.device.open().map_err(|error| failed(vec![error.into()]))?;
         let start = Instant::now();
         let _no_grad = tch::no_grad_guard();
-        let LoadOptions { device, dtype, kernels } = self.options;
-        self.kernels = self.given_kernels.take().unwrap_or_else(|| Kernels::open(kernels, device, dtype));
+        let LoadOptions { device, dtype, kernels, ref convolutions } = self.options;
+        self.kernels = match self.given_kernels.take() {
+            Some(kernels) => kernels,
+            None => Kernels::open(kernels, device, dtype)
+                .with_engines(device, dtype, convolutions.as_deref())
+                .map_err(failed)?,
+        };
         let pipeline = self.load();
         match pipeline {
             Some(pipeline) if self.faults.is_empty() => {
@@ -205,7 +227,7 @@ impl<'d> Loading<'d> {
                     Some(safety) => Some(safety?),
                     None => None,
                 },
-                self.options,
+                self.options.clone(),
             )),
             last_negative: RefCell::default(),
             batching: Cell::new(Batching::of(self.options.device)),
@@ -214,7 +236,7 @@ impl<'d> Loading<'d> {
             sample_size: unet_config.sample_size,
             latent_channels: vae_config.latent_channels,
             vae_scale_factor: vae_config.vae_scale_factor(),
-            options: self.options,
+            options: self.options.clone(),
             kernels: self.kernels.clone(),
         })
     }
