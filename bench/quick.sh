@@ -65,4 +65,25 @@ if [[ $DEVICE == cuda* ]]; then
   part company-attention 60 --check-company --size "$CHECK_SIZE" --device "$DEVICE" --dtypes "$DTYPE" --batch-sizes "$COMPANY" \
     --num-inference-steps 6 --graph on --kernels attention
 fi
+# 7. Which of cuDNN's engines, for the largest batch: find them, then see that pictures by them are right, alike in company, and how fast.
+if [[ $DEVICE == cuda* ]]; then
+  engines=$OUT/quick-engines.json left=$((BUDGET - SECONDS))
+  if [ "$left" -ge 60 ] && timeout "$left" "$BINARY" --log warn tune --size "$SIZE" --device "$DEVICE" --dtype "$DTYPE" \
+    --pad-batch "${BATCH_SIZES%%,*}" --output "$engines" >"$OUT/quick-tune.txt" 2>"$OUT/quick-tune.log"; then
+    echo "quick: tune ($SECONDS s): $(tail -n 1 "$OUT/quick-tune.txt")"
+    part convolutions 60 --size "$SIZE" --device "$DEVICE" --dtypes "$DTYPE" --num-inference-steps 10 \
+      --batch-sizes "${BATCH_SIZES%%,*}" --pad-batch "${BATCH_SIZES%%,*}" --graph on --convolutions "$engines" --warmup 1 --repeats 2
+    part company-convolutions 60 --check-company --size "$SIZE" --device "$DEVICE" --dtypes "$DTYPE" \
+      --batch-sizes "${BATCH_SIZES%%,*}" --num-inference-steps 6 --graph on --convolutions "$engines"
+  else
+    echo "quick: tune left out or FAILED ($SECONDS s): $(tail -n 3 "$OUT/quick-tune.log" 2>/dev/null)"
+    failed=1
+  fi
+  small_engines=$OUT/quick-engines-small.json
+  if [ $((BUDGET - SECONDS)) -ge 60 ] && timeout 60 "$BINARY" --log warn tune --size "$CHECK_SIZE" --device "$DEVICE" --dtype "$DTYPE" \
+    --pad-batch 3 --output "$small_engines" >"$OUT/quick-tune-small.txt" 2>&1; then
+    part "right-$DTYPE-convolutions" 60 "${small[@]}" --device "$DEVICE" --dtypes "$DTYPE" --pad-batch 3 \
+      --convolutions "$small_engines" --reference "$OUT/quick-reference.safetensors"
+  fi
+fi
 exit $failed

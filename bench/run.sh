@@ -6,7 +6,8 @@
 #   DEVICE=cuda bench/run.sh              a GPU: full size, 50 steps, f16 and bf16, batch sizes 1 to 66, with our own
 #                                         kernels, with our own attention too, and without (KERNELS), and calls in a
 #                                         row, decoded beside the next or after one another (ROW of them,
-#                                         OVERLAP_BATCH_SIZES)
+#                                         OVERLAP_BATCH_SIZES), and with the engines of cuDNN that `tune` finds for
+#                                         TUNED_BATCH_SIZES
 #
 # Needs the built binary (BINARY, or target/release) and a Python with worker/tests/golden/requirements.txt and psutil
 # (PYTHON). On a GPU machine the wheels' own libraries serve our binary too: see worker/src/diffusion/device.rs.
@@ -19,7 +20,7 @@ MODELS=${MODELS:-$OUT/models}
 if [[ $DEVICE == cuda* ]]; then
   SIZES=${SIZES:-full} STEPS=${STEPS:-50} DTYPES=${DTYPES:-f16,bf16} ROUNDS=${ROUNDS:-5}
   BATCH_SIZES=${BATCH_SIZES:-1,4,8,16,32,33,64,66} KERNELS=${KERNELS:-fused attention plain}
-  ROW=${ROW:-4} OVERLAP_BATCH_SIZES=${OVERLAP_BATCH_SIZES:-33,8}
+  ROW=${ROW:-4} OVERLAP_BATCH_SIZES=${OVERLAP_BATCH_SIZES:-33,8} TUNED_BATCH_SIZES=${TUNED_BATCH_SIZES:-8,33}
   # Clocks, power and memory of the whole time, to tell a throttled run from a good one.
   nvidia-smi --query-gpu=timestamp,name,driver_version,clocks.sm,power.draw,temperature.gpu,memory.used \
     --format=csv --loop=1 >"$OUT/gpu.csv" &
@@ -37,6 +38,20 @@ for size in $SIZES; do
       --num-inference-steps "$STEPS" --repeats "$ROUNDS" --kernels "$kernels" --json >"$OUT/$size-$DEVICE-$kernels.json"
     echo "bench: wrote $OUT/$size-$DEVICE-$kernels.json"
   done
+  if [[ $DEVICE == cuda* ]]; then
+    # With the engines of cuDNN that are fastest here, each dtype's and batch size's own.
+    for dtype in ${DTYPES//,/ }; do
+      for batch_size in ${TUNED_BATCH_SIZES//,/ }; do
+        name=$size-$DEVICE-$dtype-$batch_size
+        "$BINARY" --log warn tune --size "$size" --device "$DEVICE" --dtype "$dtype" --pad-batch "$batch_size" \
+          --output "$OUT/engines-$name.json" | tee "$OUT/engines-$name.txt" | tail -n 1
+        "$BINARY" --log warn bench --size "$size" --device "$DEVICE" --dtypes "$dtype" --batch-sizes "$batch_size" \
+          --pad-batch "$batch_size" --num-inference-steps "$STEPS" --repeats "$ROUNDS" --graph off,on \
+          --convolutions "$OUT/engines-$name.json" --json >"$OUT/convolutions-$name.json"
+        echo "bench: wrote $OUT/convolutions-$name.json"
+      done
+    done
+  fi
   "$BINARY" --log warn bench --size "$size" --device "$DEVICE" --dtypes "${DTYPES%%,*}" --batch-sizes "$OVERLAP_BATCH_SIZES" \
     --num-inference-steps "$STEPS" --repeats "${OVERLAP_ROUNDS:-$ROUNDS}" --overlap-decode off,on --in-a-row "$ROW" \
     --json >"$OUT/$size-$DEVICE-overlap.json"
