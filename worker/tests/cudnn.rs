@@ -10,14 +10,17 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
 use serde_json::json;
+use tch::{Device, Kind, TchError, Tensor};
 use worker::diffusion::ComputeDtype;
 use worker::diffusion::convolution::{
-    Adds, Convolution, Cudnn, DeviceProperties, EngineChoice, Plan, candidates,
+    Adds, Convolution, Convolve as _, Cudnn, DeviceProperties, EngineChoice, Operands, PinnedConvolutions,
+    Plan, candidates,
 };
+use worker::diffusion::kernels::{Call, Kernels, Launch, Stream};
 
 /// The version that PyPI's torch 2.11.0 wheel asks for.
 const VERSION: usize = 91_900;
@@ -201,4 +204,64 @@ fn an_engines_settings_decide_the_plan() {
     needs.sort_unstable();
     needs.dedup();
     assert!(needs.len() > 1, "all {} plans are alike: the settings are not passed on", engines.len());
+}
+
+/// Says that it is a GPU's stream, and is none.
+#[derive(Debug)]
+struct Nowhere;
+
+impl Launch for Nowhere {
+    fn device(&self) -> Device {
+        Device::Cpu
+    }
+
+    fn architecture(&self) -> &str {
+        "nowhere"
+    }
+
+    unsafe fn launch(&self, call: &Call<'_>) -> Result<(), TchError> {
+        Err(TchError::Torch(format!("{} is not started here", call.kernel)))
+    }
+
+    fn on_stream(&self, work: &mut dyn FnMut(Stream) -> Result<(), TchError>) -> Result<(), TchError> {
+        work(std::ptr::null_mut())
+    }
+}
+
+/// Up to the last call: cuDNN takes the tensors, and has no GPU to execute on.
+#[test]
+fn all_but_the_execution_is_done_without_a_gpu() {
+    let Some(cudnn) = cudnn() else { return };
+    if DeviceProperties::of_gpu(cudnn, 0).is_ok() {
+        return eprintln!("skipped: there is a GPU, on which this would compute with memory of the CPU");
+    }
+    let device = DeviceProperties::from_json(cudnn, &gpus()[2]).unwrap();
+    let convolution = convolution(2, (16, 8, 24, 1), ComputeDtype::F16, Adds::BiasAndResidual);
+    let choice = candidates(cudnn, &convolution, &device).unwrap().swap_remove(0);
+    let plan = Plan::new(cudnn, &convolution, &choice, &device).unwrap();
+    let map = |size: [i64; 4]| {
+        let map = Tensor::zeros(size, (Kind::Half, Device::Cpu));
+        Kernels::plain(true).lay_out(&map).unwrap()
+    };
+    let (input, weight, residual) = (map([2, 16, 8, 8]), map([24, 16, 3, 3]), map([2, 24, 8, 8]));
+    let bias = Tensor::zeros([24], (Kind::Half, Device::Cpu));
+    let (bias, residual) = (Some(&bias), Some(&residual));
+    let operands = Operands { input: &input, weight: &weight, bias, residual, stride: 1, padding: 1 };
+    assert_eq!(Convolution::of(&operands), Some(convolution));
+    let pinned = PinnedConvolutions::of_one(cudnn, Arc::new(Nowhere), convolution, plan);
+    let error = pinned.convolve(&convolution, &operands).unwrap_err().to_string();
+    assert!(error.contains("cuDNN refuses a handle"), "{error}");
+    let other = Convolution { adds: Adds::Nothing, ..convolution };
+    assert!(pinned.convolve(&other, &operands).unwrap().is_none(), "no plan of it");
+}
+
+#[test]
+fn a_gpu_that_is_not_here_has_no_properties() {
+    let Some(cudnn) = cudnn() else { return };
+    // Whatever this machine has: the question is put as cuDNN wants it.
+    if let Err(error) = DeviceProperties::of_gpu(cudnn, 0) {
+        let error = error.to_string();
+        eprintln!("{error}");
+        assert!(error.starts_with("cuDNN refuses the GPU's properties"), "{error}");
+    }
 }

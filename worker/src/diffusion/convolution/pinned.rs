@@ -41,7 +41,7 @@ impl PinnedConvolutions {
     }
 
     /// One plan, to be tried out.
-    pub(super) fn of_one(
+    pub fn of_one(
         cudnn: &'static Cudnn,
         launcher: Arc<dyn Launch>,
         convolution: Convolution,
