@@ -8,7 +8,7 @@ use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use anyhow::{Context as _, bail, ensure};
+use anyhow::{Context as _, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::batching_args::{Switch, batching};
@@ -60,13 +60,7 @@ pub struct TuneArgs {
 
 /// Runs the command. Must come before any other use of libtorch in the process (see `diffusion::device`).
 pub fn run(args: &TuneArgs) -> anyhow::Result<()> {
-    let ComputeDevice::Cuda(index) = args.device else {
-        bail!(
-            "`--device` must be `cuda` or `cuda:N` but is `{}`\nhint: a CPU has no engines to choose from",
-            args.device
-        )
-    };
-    ensure!(args.dtype != ComputeDtype::F32, "`--dtype` must be `f16` or `bf16` but is `{}`", args.dtype);
+    let index = check(args)?;
     args.device.open()?;
     let kernels = Kernels::open(KernelChoice::Fused, args.device, args.dtype);
     let Gpu { name: gpu, cudnn, .. } = Gpu::describe(index)?;
@@ -90,6 +84,25 @@ pub fn run(args: &TuneArgs) -> anyhow::Result<()> {
     let engines = pinned(gpu, cudnn, &tuned);
     write(&args.output, &engines)?;
     print(&table(&tuned, &engines, &args.output))
+}
+
+/// The GPU's number, if engines can be chosen for these.
+fn check(args: &TuneArgs) -> anyhow::Result<usize> {
+    let mut faults = Vec::new();
+    let index = match args.device {
+        ComputeDevice::Cuda(index) => index,
+        ComputeDevice::Cpu => {
+            faults.push(
+                "`--device` must be `cuda` or `cuda:N` but is `cpu`: a CPU has no engines to choose from",
+            );
+            0
+        }
+    };
+    if args.dtype == ComputeDtype::F32 {
+        faults.push("`--dtype` must be `f16` or `bf16` but is `f32`: engines are pinned in 16 bits only");
+    }
+    ensure!(faults.is_empty(), "{}", faults.join("\n"));
+    Ok(index)
 }
 
 /// Makes the model with kernels that note its convolutions, and a call for each batch size.
@@ -195,6 +208,24 @@ mod tests {
             libtorch_microseconds: 2.0 * microseconds,
         });
         Tuned { convolution, pinned, tried: 40, refused: 1 }
+    }
+
+    #[test]
+    fn what_has_no_engines_is_refused_all_at_once() {
+        let arguments = |device, dtype| TuneArgs {
+            output: PathBuf::from("engines.json"),
+            pad_batch: vec![4],
+            size: ModelSize::Tiny,
+            model: None,
+            device,
+            dtype,
+            width: None,
+            height: None,
+        };
+        let error = run(&arguments(ComputeDevice::Cpu, ComputeDtype::F32)).unwrap_err().to_string();
+        assert!(error.contains("`--device` must be `cuda` or `cuda:N` but is `cpu`"), "{error}");
+        assert!(error.contains("`--dtype` must be `f16` or `bf16` but is `f32`"), "{error}");
+        assert_eq!(check(&arguments(ComputeDevice::Cuda(3), ComputeDtype::Bf16)).unwrap(), 3);
     }
 
     #[test]

@@ -193,3 +193,16 @@ fn a_saved_model_makes_the_pictures_of_the_drawn_one_and_answers_line_by_line() 
         "a picture of one color would agree with anything"
     );
 }
+
+#[test]
+fn a_file_of_engines_is_read_before_anything_is_measured() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("engines.json");
+    std::fs::write(&file, r#"{"gpu": "a", "cudnn": "b", "pinned": [{"convolution": 1}]}"#).unwrap();
+    let output = bench(&["--size", "tiny", "--convolutions"]).arg(&file).output().unwrap();
+    assert!(!output.status.success());
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert!(error.contains("engines.json cannot be used"), "{error}");
+    assert!(error.contains("invalid type: integer `1`"), "{error}");
+    assert!(error.contains("hint: `darkroom-worker tune`"), "{error}");
+}
