@@ -74,9 +74,9 @@ pub(in super::super) enum Attribute {
     DeviceJson = 2702,
 }
 
-/// A value of an attribute, with its `cudnnBackendAttributeType_t`. Enumerations of cuDNN are C's `int`.
+/// A plain value of an attribute, as Rust has it; enumerations of cuDNN, which are C's `int`, are [`Named`].
 pub(in super::super) trait Value: Copy {
-    /// The types that the value is passed as are told apart by the attribute; this is the one for plain numbers.
+    /// Its `cudnnBackendAttributeType_t`.
     const TYPE: c_int;
 }
 
@@ -121,6 +121,7 @@ pub(super) const TYPE_BEHAVIOR_NOTE: c_int = 19;
 pub(super) const TYPE_DESCRIPTOR: c_int = 15;
 
 impl Named {
+    /// The type's number and its own.
     pub(super) fn parts(self) -> (c_int, c_int) {
         match self {
             Self::Dtype(number) => (1, number),
