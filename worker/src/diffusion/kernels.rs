@@ -143,7 +143,7 @@ impl Kernels {
     }
 
     /// What starts our own kernels, if there are any.
-    pub(super) fn launcher(&self) -> Option<&Arc<dyn Launch>> {
+    pub fn launcher(&self) -> Option<&Arc<dyn Launch>> {
         self.launcher.as_ref()
     }
 
