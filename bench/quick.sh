@@ -5,7 +5,7 @@
 #   DEVICE=cuda bench/quick.sh            full size; ends by itself after BUDGET seconds (460), the most telling parts first
 #   bench/quick.sh                        the same on a CPU with the smallest model, to see that it runs
 #
-# BINARY, PYTHON and OUT are as in bench/run.sh. Results: OUT/quick-*.json, one line each; what was left out is said.
+# BINARY, PYTHON and OUT are as in bench/run.sh; a binary that has to travel is a sixth of its size after `strip`. Results: OUT/quick-*.json, one line each; what was left out is said.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
