@@ -52,6 +52,7 @@ pub mod device;
 pub mod drawn_weights;
 pub mod flops;
 pub mod kernels;
+pub mod layout;
 pub mod load_error;
 pub mod models;
 pub mod nn;
@@ -59,6 +60,7 @@ pub mod pipeline_stable_diffusion;
 pub mod rng;
 pub mod safety_checker;
 pub mod schedulers;
+pub mod tuning;
 pub mod weights;
 
 pub use device::{ComputeDevice, ComputeDtype, DeviceError};

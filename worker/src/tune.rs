@@ -13,9 +13,10 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::batching_args::{Switch, batching};
 use crate::bench::{ModelSize, requests, write_settings};
-use crate::diffusion::convolution::{ConvolutionEngines, CudnnEngines, PinnedEngine, Recorder, Tuned, Tuner};
+use crate::diffusion::convolution::{ConvolutionEngines, PinnedEngine};
 use crate::diffusion::cuda::Gpu;
 use crate::diffusion::kernels::Kernels;
+use crate::diffusion::tuning::{CudnnEngines, Recorder, Tuned, Tuner};
 use crate::diffusion::{
     ComputeDevice, ComputeDtype, GenerationParameters, KernelChoice, LoadOptions, Recipe, SchedulerKind,
     StableDiffusionPipeline, StepControl,

@@ -17,10 +17,9 @@ use serde_json::json;
 use tch::{Device, Kind, TchError, Tensor};
 use worker::diffusion::ComputeDtype;
 use worker::diffusion::convolution::{
-    Adds, Convolution, Convolve as _, Cudnn, DeviceProperties, EngineChoice, Operands, PinnedConvolutions,
-    Plan, candidates,
+    Adds, Convolution, Convolve as _, Cudnn, DeviceProperties, EngineChoice, Operands, Plan, candidates,
 };
-use worker::diffusion::kernels::{Call, Kernels, Launch, Stream};
+use worker::diffusion::kernels::{Call, Kernels, Launch, PinnedConvolutions, Stream};
 
 /// The version that PyPI's torch 2.11.0 wheel asks for.
 const VERSION: usize = 91_900;

@@ -6,11 +6,10 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use tch::{Kind, Tensor};
-use worker::diffusion::convolution::{
-    Adds, Convolution, ConvolutionEngines, Convolve as _, CudnnEngines, Operands, PinnedConvolutions, Tuner,
-};
+use worker::diffusion::convolution::{Adds, Convolution, ConvolutionEngines, Convolve as _, Operands};
 use worker::diffusion::cuda::Gpu;
-use worker::diffusion::kernels::{Kernels, self_check};
+use worker::diffusion::kernels::{Kernels, PinnedConvolutions, self_check};
+use worker::diffusion::tuning::{CudnnEngines, Tuner};
 use worker::diffusion::{ComputeDevice, ComputeDtype, KernelChoice};
 
 /// How far results of 16 bits may be from f32 arithmetic on the same numbers, of the largest value.

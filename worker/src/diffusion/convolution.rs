@@ -11,22 +11,18 @@
 
 mod backend;
 mod engines;
-mod pinned;
 mod plan;
-mod tuning;
 
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
 use tch::{Kind, TchError, Tensor};
 
-pub use self::backend::{Cudnn, CudnnError};
+pub use self::backend::{Cudnn, CudnnError, CudnnHandle};
 pub use self::engines::{ConvolutionEngines, EngineChoice, EnginesFault, EnginesFileError, PinnedEngine};
-pub use self::pinned::PinnedConvolutions;
 pub use self::plan::{DeviceProperties, Plan, candidates};
-pub use self::tuning::{CudnnEngines, Engines, Recorder, Tuned, Tuner};
 use super::device::ComputeDtype;
-use super::kernels::{from_pixels, is_by_pixels};
+use super::layout::is_by_pixels;
 
 /// What is added to a convolution's output, in f32 before it is rounded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -182,17 +178,5 @@ pub trait Convolve: fmt::Debug + Send + Sync {
     fn name(&self) -> &str;
 }
 
-/// Room for an output, by pixels, where `operands` are.
-fn empty_output(convolution: &Convolution, operands: &Operands<'_>) -> Result<Tensor, TchError> {
-    let [batch_size, channels, height, width] = convolution.output_size();
-    let options = (operands.input.kind(), operands.input.device());
-    from_pixels(&Tensor::f_empty([batch_size, height, width, channels], options)?)
-}
-
-/// Bytes that addresses are multiples of.
-const ALIGNMENT: usize = 16;
-
-/// Whether cuDNN may load 16 bytes at once from where these begin, as it is told it may.
-fn are_aligned(tensors: &[&Tensor]) -> bool {
-    tensors.iter().all(|tensor| tensor.data_ptr().addr().is_multiple_of(ALIGNMENT))
-}
+/// Bytes that the tensors' addresses have to be multiples of: as many are loaded at once.
+pub const ALIGNMENT: usize = 16;

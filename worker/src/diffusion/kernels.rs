@@ -13,6 +13,7 @@ mod feature_map;
 mod launch;
 mod linear_step;
 mod operations;
+mod pinned;
 mod plain;
 mod self_check;
 
@@ -27,11 +28,13 @@ pub use self::feature_map::FeatureMap;
 use self::feature_map::Statistics;
 pub use self::launch::{Argument, Call, Kernel, Launch, Stream};
 pub use self::linear_step::{LinearStepTensors, guided};
+pub use self::pinned::PinnedConvolutions;
 pub(super) use self::self_check::tolerance;
 pub use self::self_check::{SelfCheckError, self_check};
-use super::convolution::{Convolution, ConvolutionEngines, Convolve, Operands, PinnedConvolutions};
+use super::convolution::{Convolution, ConvolutionEngines, Convolve, Operands};
 use super::cuda::Gpu;
 use super::device::{ComputeDevice, ComputeDtype};
+use super::layout::{from_pixels, is_by_pixels, pixels};
 use super::load_error::Fault;
 
 /// A GroupNorm's parameters.
@@ -346,19 +349,4 @@ impl fmt::Display for Kernels {
             None => Ok(()),
         }
     }
-}
-
-/// A feature map `(batch_size, channels, height, width)` by pixels, `(batch_size, height, width, channels)`; a view.
-pub(super) fn pixels(map: &Tensor) -> Result<Tensor, TchError> {
-    map.f_permute([0, 2, 3, 1])
-}
-
-/// Whether a map's channels are side by side and its pixels in one piece.
-pub(super) fn is_by_pixels(map: &Tensor) -> bool {
-    pixels(map).is_ok_and(|pixels| pixels.is_contiguous())
-}
-
-/// The reverse of [`pixels`].
-pub(super) fn from_pixels(pixels: &Tensor) -> Result<Tensor, TchError> {
-    pixels.f_permute([0, 3, 1, 2])
 }

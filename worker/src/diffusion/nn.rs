@@ -3,7 +3,8 @@
 use tch::{Kind, TchError, Tensor};
 
 use super::convolution::Operands;
-use super::kernels::{FeatureMap, GroupNormParameters, Kernels, LayerNormParameters, from_pixels, pixels};
+use super::kernels::{FeatureMap, GroupNormParameters, Kernels, LayerNormParameters};
+use super::layout::{from_pixels, pixels};
 use super::weights::Weights;
 
 /// `torch.nn.Linear`.

@@ -7,10 +7,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use tch::{Device, Kind, TchError, Tensor};
-use worker::diffusion::convolution::{
-    Adds, Convolution, Convolve, CudnnError, EngineChoice, Engines, Operands, Recorder, Tuner,
-};
+use worker::diffusion::convolution::{Adds, Convolution, Convolve, CudnnError, EngineChoice, Operands};
 use worker::diffusion::kernels::Kernels;
+use worker::diffusion::tuning::{Engines, Recorder, Tuned, Tuner};
 use worker::diffusion::{
     BatchSize, Batching, ComputeDtype, GenerationParameters, ImageRequest, LoadOptions, Recipe,
     SchedulerKind, StableDiffusionPipeline, StepControl,
@@ -289,7 +288,7 @@ fn tune(engines: &[(Adds, &[(Nature, f64)])], asked_for: &[Adds]) -> Vec<(Option
     let mut told = 0;
     let tuned = tuner.tune(&asked_for.iter().map(convolution).collect(), |_| told += 1).unwrap();
     assert_eq!(told, asked_for.len());
-    let found = |tuned: &worker::diffusion::convolution::Tuned| {
+    let found = |tuned: &Tuned| {
         (tuned.pinned.as_ref().map(|pinned| pinned.choice.engine), tuned.tried, tuned.refused)
     };
     tuned.iter().map(found).collect()

@@ -8,6 +8,7 @@ use std::ptr;
 use std::sync::OnceLock;
 
 use libloading::os::unix::Library;
+use tch::TchError;
 
 pub(super) use self::names::{Attribute, Kind, Named, Value};
 use self::names::{TYPE_BEHAVIOR_NOTE, TYPE_DESCRIPTOR, TYPE_KNOB, TYPE_NUMERICAL_NOTE};
@@ -21,6 +22,10 @@ const LEAST_VERSION: usize = 90_800;
 
 /// Whatever cuDNN gave out and only cuDNN reads.
 pub(super) type Handle = *mut c_void;
+
+/// What executes on a GPU, for one thread at a time.
+#[derive(Debug, Clone, Copy)]
+pub struct CudnnHandle(Handle);
 
 /// Why cuDNN does not do something.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -47,6 +52,13 @@ pub enum CudnnError {
         /// Its own words, if it had any.
         reason: String,
     },
+}
+
+impl From<CudnnError> for TchError {
+    /// As one of libtorch's: who computes by the one computes by the other.
+    fn from(error: CudnnError) -> Self {
+        Self::Torch(error.to_string())
+    }
 }
 
 /// The functions, with their types in the header.
@@ -121,11 +133,11 @@ impl Cudnn {
     }
 
     /// A new handle for the current GPU, which is kept for good.
-    pub(super) fn handle(&self) -> Result<Handle, CudnnError> {
+    pub fn handle(&self) -> Result<CudnnHandle, CudnnError> {
         let mut handle = ptr::null_mut();
         // SAFETY: the function's own types; it writes the pointer.
         self.check("a handle", unsafe { (self.functions.create)(&raw mut handle) })?;
-        Ok(handle)
+        Ok(CudnnHandle(handle))
     }
 
     /// Starts `plan` with what `pack` names, on `stream`.
@@ -135,15 +147,15 @@ impl Cudnn {
     /// stream has passed the launch; the handle is used by no other thread meanwhile.
     pub(super) unsafe fn execute(
         &self,
-        handle: Handle,
+        handle: CudnnHandle,
         stream: Handle,
         plan: &Descriptor,
         pack: &Descriptor,
     ) -> Result<(), CudnnError> {
         // SAFETY: the caller's promise; the descriptors are finalized and alive.
         unsafe {
-            self.check("a stream", (self.functions.set_stream)(handle, stream))?;
-            self.check("an execution", (self.functions.execute)(handle, plan.raw, pack.raw))
+            self.check("a stream", (self.functions.set_stream)(handle.0, stream))?;
+            self.check("an execution", (self.functions.execute)(handle.0, plan.raw, pack.raw))
         }
     }
 }

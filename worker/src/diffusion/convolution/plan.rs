@@ -1,15 +1,18 @@
 //! From a convolution to what cuDNN executes: its operation graph, the engines that take it, and the plan of one of them.
 
 use std::collections::BTreeMap;
+use std::ffi::c_void;
 
-use super::backend::{Attribute, Cudnn, CudnnError, Descriptor, Kind, Named};
+use tch::Tensor;
+
+use super::backend::{Attribute, Cudnn, CudnnError, CudnnHandle, Descriptor, Kind, Named};
 use super::engines::EngineChoice;
-use super::{ALIGNMENT, Adds, Convolution};
+use super::{ALIGNMENT, Adds, Convolution, Operands};
 use crate::diffusion::device::ComputeDtype;
 
 /// The tensors of a graph: their unique ids.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Id {
+enum Id {
     Input = 1,
     Weight = 2,
     Output = 3,
@@ -220,6 +223,7 @@ fn choice(config: &Descriptor) -> Result<Option<EngineChoice>, CudnnError> {
 /// What cuDNN executes.
 #[derive(Debug)]
 pub struct Plan {
+    cudnn: &'static Cudnn,
     plan: Descriptor,
     workspace_bytes: i64,
     /// What the plan names.
@@ -259,7 +263,7 @@ impl Plan {
         let plan = plan.finalize("an execution plan")?;
         let workspace_bytes = plan.number(Attribute::PlanWorkspace)?;
         let parts = knobs.into_iter().chain([engine, config]).collect();
-        Ok(Self { plan, workspace_bytes, _parts: (graph, parts) })
+        Ok(Self { cudnn, plan, workspace_bytes, _parts: (graph, parts) })
     }
 
     /// Bytes on the GPU that an execution needs for itself.
@@ -267,7 +271,37 @@ impl Plan {
         self.workspace_bytes
     }
 
-    pub(super) fn descriptor(&self) -> &Descriptor {
-        &self.plan
+    /// Starts the convolution on `stream`.
+    ///
+    /// # Safety
+    /// The tensors are on the handle's GPU, which is the current one and of the properties that the plan was made for; they have
+    /// the sizes and dtype of its convolution, lie by pixels, begin at multiples of [`ALIGNMENT`] and live until the stream has passed
+    /// the launch, as do the `workspace_bytes` at `workspace`.
+    pub unsafe fn execute(
+        &self,
+        handle: CudnnHandle,
+        stream: *mut c_void,
+        operands: &Operands<'_>,
+        output: &Tensor,
+        workspace: *mut c_void,
+    ) -> Result<(), CudnnError> {
+        let tensors: [(Id, Option<&Tensor>); 5] = [
+            (Id::Input, Some(operands.input)),
+            (Id::Weight, Some(operands.weight)),
+            (Id::Output, Some(output)),
+            (Id::Bias, operands.bias),
+            (Id::Residual, operands.residual),
+        ];
+        let (ids, pointers): (Vec<i64>, Vec<*mut c_void>) = tensors
+            .into_iter()
+            .filter_map(|(id, tensor)| tensor.map(|tensor| (id as i64, tensor.data_ptr())))
+            .unzip();
+        let mut pack = Descriptor::new(self.cudnn, Kind::VariantPack)?;
+        pack.set(Attribute::PackIds, &ids)?;
+        pack.set(Attribute::PackPointers, &pointers)?;
+        pack.set(Attribute::PackWorkspace, &[workspace])?;
+        let pack = pack.finalize("the tensors of an execution")?;
+        // SAFETY: the caller's promise.
+        unsafe { self.cudnn.execute(handle, stream, &self.plan, &pack) }
     }
 }

@@ -3,9 +3,9 @@
 
 use tch::{Kind, TchError, Tensor};
 
+use super::super::layout::{from_pixels, pixels};
 use super::launch::{Argument, Kernel, Launch, Operation, wide};
 use super::operations::{Grid, address, address_or_null, group_norm_grid, int, kernel};
-use super::{from_pixels, pixels};
 
 /// `(batch_size, channels, height, width)` between two layers, and what is known of it. Whoever has one leaves the tensor's
 /// numbers as they are.

@@ -6,9 +6,10 @@
 use tch::{Kind, TchError, Tensor};
 
 use super::super::device::ComputeDtype;
+use super::super::layout::{from_pixels, pixels};
 use super::feature_map::Statistics;
 use super::launch::{Argument, Call, Kernel, Launch, Operation, wide};
-use super::{GroupNormParameters, LayerNormParameters, from_pixels, pixels};
+use super::{GroupNormParameters, LayerNormParameters};
 
 /// Threads of a block where nothing else decides: several blocks fit on a multiprocessor.
 const THREADS: i64 = 256;

@@ -10,13 +10,12 @@ use std::time::Instant;
 
 use tch::{Device, Kind, TchError, Tensor};
 
-use super::backend::{Cudnn, CudnnError};
-use super::engines::{EngineChoice, PinnedEngine};
-use super::pinned::{PinnedConvolutions, gpu};
-use super::plan::{DeviceProperties, Plan, candidates};
-use super::{Adds, Convolution, Convolve, Operands};
-use crate::diffusion::cuda;
-use crate::diffusion::kernels::{GroupNormParameters, Kernels, Launch, tolerance};
+use super::convolution::{
+    Adds, Convolution, Convolve, Cudnn, CudnnError, DeviceProperties, EngineChoice, Operands, PinnedEngine,
+    Plan, candidates,
+};
+use super::cuda;
+use super::kernels::{GroupNormParameters, Kernels, Launch, PinnedConvolutions, tolerance};
 
 /// Engines that are measured thoroughly, of those that a short look finds fastest.
 const FINALISTS: usize = 4;
@@ -86,7 +85,7 @@ impl CudnnEngines {
             return Err(CudnnError::Library { reason });
         };
         let cudnn = Cudnn::open()?;
-        let device = DeviceProperties::of_gpu(cudnn, gpu(launcher.as_ref()))?;
+        let device = DeviceProperties::of_gpu(cudnn, PinnedConvolutions::gpu(launcher.as_ref()))?;
         Ok(Self { cudnn, device, launcher })
     }
 }
@@ -190,7 +189,7 @@ impl<E: Engines> Tuner<'_, E> {
         let sample = Sample::new(convolution, self.device)?;
         let mut tuned = Tuned { convolution: *convolution, pinned: None, tried: 0, refused: 0 };
         let mut looked_at = Vec::new();
-        for choice in self.engines.candidates(convolution).map_err(refused)? {
+        for choice in self.engines.candidates(convolution)? {
             // Some cannot be had after all: their libraries are missing, or the memory is.
             let Ok(convolver) = self.engines.convolver(convolution, &choice) else { continue };
             let Ok(seconds) = self.seconds(1, || sample.run(convolver.as_ref(), convolution)) else {
@@ -345,9 +344,4 @@ impl Sample {
 fn seconds_since_start() -> f64 {
     static START: OnceLock<Instant> = OnceLock::new();
     START.get_or_init(Instant::now).elapsed().as_secs_f64()
-}
-
-/// The error as one of libtorch's.
-fn refused(error: CudnnError) -> TchError {
-    TchError::Torch(error.to_string())
 }

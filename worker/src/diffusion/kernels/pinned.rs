@@ -1,17 +1,17 @@
-//! Pinned engines on a GPU.
+//! Convolutions by pinned engines of cuDNN, on libtorch's stream of a GPU.
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap};
-use std::ffi::c_void;
 use std::sync::Arc;
 
-use tch::{Device, Kind as TensorKind, TchError, Tensor};
+use tch::{Device, Kind, TchError, Tensor};
 
-use super::backend::{Attribute, Cudnn, CudnnError, Descriptor, Handle, Kind};
-use super::engines::{ConvolutionEngines, PinnedEngine};
-use super::plan::{DeviceProperties, Id, Plan};
-use super::{Convolution, Convolve, Operands, are_aligned, empty_output};
-use crate::diffusion::kernels::Launch;
+use super::super::convolution::{
+    ALIGNMENT, Convolution, ConvolutionEngines, Convolve, Cudnn, CudnnError, CudnnHandle, DeviceProperties,
+    Operands, PinnedEngine, Plan,
+};
+use super::super::layout::from_pixels;
+use super::Launch;
 
 /// The plans of one GPU.
 #[derive(Debug)]
@@ -25,14 +25,14 @@ pub struct PinnedConvolutions {
 
 thread_local! {
     /// cuDNN's handles of this thread, by GPU: one must not be used by two threads at once. They are kept for good.
-    static HANDLES: RefCell<BTreeMap<usize, Handle>> = const { RefCell::new(BTreeMap::new()) };
+    static HANDLES: RefCell<BTreeMap<usize, CudnnHandle>> = const { RefCell::new(BTreeMap::new()) };
 }
 
 impl PinnedConvolutions {
     /// Makes the plans of all engines in `engines` for the launcher's GPU.
     pub fn open(launcher: Arc<dyn Launch>, engines: &ConvolutionEngines) -> Result<Self, CudnnError> {
         let cudnn = Cudnn::open()?;
-        let device = DeviceProperties::of_gpu(cudnn, gpu(launcher.as_ref()))?;
+        let device = DeviceProperties::of_gpu(cudnn, Self::gpu(launcher.as_ref()))?;
         let plan = |PinnedEngine { convolution, choice, .. }: &PinnedEngine| {
             Ok((*convolution, Plan::new(cudnn, convolution, choice, &device)?))
         };
@@ -50,8 +50,16 @@ impl PinnedConvolutions {
         Self { cudnn, launcher, name: String::new(), plans: HashMap::from([(convolution, plan)]) }
     }
 
-    fn handle(&self) -> Result<Handle, CudnnError> {
-        let gpu = gpu(self.launcher.as_ref());
+    /// The number of the launcher's GPU.
+    pub fn gpu(launcher: &dyn Launch) -> usize {
+        match launcher.device() {
+            Device::Cuda(index) => index,
+            _ => 0,
+        }
+    }
+
+    fn handle(&self) -> Result<CudnnHandle, CudnnError> {
+        let gpu = Self::gpu(self.launcher.as_ref());
         HANDLES.with_borrow_mut(|handles| {
             if let Some(&handle) = handles.get(&gpu) {
                 return Ok(handle);
@@ -60,31 +68,6 @@ impl PinnedConvolutions {
             handles.insert(gpu, handle);
             Ok(handle)
         })
-    }
-
-    /// The tensors of an execution, by their ids.
-    fn pack(
-        &self,
-        operands: &Operands<'_>,
-        output: &Tensor,
-        workspace: &Tensor,
-    ) -> Result<Descriptor, CudnnError> {
-        let tensors: [(Id, Option<&Tensor>); 5] = [
-            (Id::Input, Some(operands.input)),
-            (Id::Weight, Some(operands.weight)),
-            (Id::Output, Some(output)),
-            (Id::Bias, operands.bias),
-            (Id::Residual, operands.residual),
-        ];
-        let (ids, pointers): (Vec<i64>, Vec<*mut c_void>) = tensors
-            .into_iter()
-            .filter_map(|(id, tensor)| tensor.map(|tensor| (id as i64, tensor.data_ptr())))
-            .unzip();
-        let mut pack = Descriptor::new(self.cudnn, Kind::VariantPack)?;
-        pack.set(Attribute::PackIds, &ids)?;
-        pack.set(Attribute::PackPointers, &pointers)?;
-        pack.set(Attribute::PackWorkspace, &[workspace.data_ptr()])?;
-        pack.finalize("the tensors of an execution")
     }
 }
 
@@ -102,15 +85,12 @@ impl Convolve for PinnedConvolutions {
         {
             return Err(TchError::Torch(format!("{convolution}: a tensor does not begin where 16 bytes do")));
         }
-        let workspace =
-            Tensor::f_empty([plan.workspace_bytes().max(1)], (TensorKind::Uint8, output.device()))?;
-        let pack = self.pack(operands, &output, &workspace).map_err(refused)?;
+        let workspace = Tensor::f_empty([plan.workspace_bytes().max(1)], (Kind::Uint8, output.device()))?;
         self.launcher.on_stream(&mut |stream| {
-            let handle = self.handle().map_err(refused)?;
+            let handle = self.handle()?;
             // SAFETY: `Convolution::of` has seen that the tensors have the sizes, strides and dtypes that the plan was made for, and
             // they are on its GPU. What is freed goes back to libtorch's pool for this stream. The handle is this thread's.
-            let executed = unsafe { self.cudnn.execute(handle, stream, plan.descriptor(), &pack) };
-            executed.map_err(refused)
+            Ok(unsafe { plan.execute(handle, stream, operands, &output, workspace.data_ptr()) }?)
         })?;
         Ok(Some(output))
     }
@@ -120,15 +100,14 @@ impl Convolve for PinnedConvolutions {
     }
 }
 
-/// The number of the launcher's GPU.
-pub(super) fn gpu(launcher: &dyn Launch) -> usize {
-    match launcher.device() {
-        Device::Cuda(index) => index,
-        _ => 0,
-    }
+/// Room for an output, by pixels, where `operands` are.
+fn empty_output(convolution: &Convolution, operands: &Operands<'_>) -> Result<Tensor, TchError> {
+    let [batch_size, channels, height, width] = convolution.output_size();
+    let options = (operands.input.kind(), operands.input.device());
+    from_pixels(&Tensor::f_empty([batch_size, height, width, channels], options)?)
 }
 
-/// The error as one of libtorch's.
-fn refused(error: CudnnError) -> TchError {
-    TchError::Torch(error.to_string())
+/// Whether cuDNN may load 16 bytes at once from where these begin, as it is told it may.
+fn are_aligned(tensors: &[&Tensor]) -> bool {
+    tensors.iter().all(|tensor| tensor.data_ptr().addr().is_multiple_of(ALIGNMENT))
 }
