@@ -6,10 +6,10 @@
 //! query; the watermark is what makes cancelling, priorities and fairness quick to take effect, because what the broker
 //! holds is out of our hands.
 //!
-//! While a chunk of jobs is marked, the next one is asked for and published, so the catalog and the broker work at the
-//! same time. The jobs being marked may still look unpublished then; they are known here, left out of the next chunk, and
-//! count towards the watermark. There is never more than one such chunk for a queue, and whatever fails, the relay tries to
-//! mark what the broker has confirmed.
+//! A question to the catalog costs it as much as there is on the way, so the relay asks for many jobs at once and publishes them
+//! in chunks. While one chunk is marked the next is published, so catalog and broker work at the same time. All are marked
+//! before it asks again, so no answer holds a job that the broker has already; and whatever fails, it tries to mark what the
+//! broker has confirmed.
 //!
 //! A queue can break alone, and for good: its process is gone or finds no leader, while the broker around it answers
 //! (RabbitMQ 3.10 does this when queues are deleted and declared in a hurry, and its node is then killed). Nobody can
@@ -31,8 +31,9 @@ use crate::queue::{OutgoingMessage, PublishOutcome, Queue, QueueError};
 /// Messages in one `publish` call: enough to keep the broker busy while confirms travel, and few enough that all
 /// confirms arrive long before their time limit.
 const CHUNK: u32 = 1_000;
-/// So many chunks may a queue take before the others have their turn, however fast its messages are consumed.
-const CHUNKS_IN_A_ROW: usize = 10;
+/// Jobs that are asked for at once, and that a queue may take before the others have their turn. Beyond the first chunk they are not
+/// looked at again before they are published, about a second later; fewer would let the relay wait for the catalog more often.
+const WINDOW: u32 = 5 * CHUNK;
 /// A run begins no further round after this long. Longer than the serve loop's interval, so that the next run follows at
 /// once, and far shorter than the minute for which a turn to publish is kept.
 const RUN_LIMIT: Duration = Duration::from_secs(15);
@@ -82,25 +83,20 @@ struct Lane<'a> {
     model: &'a Model,
     band: PriorityBand,
     declaration: QueueDeclaration,
+    /// Half of the watermark was claimed since the last run or within this one. What the queue holds may not last until the next
+    /// run, so this one looks again, however little there is room for; otherwise that is not worth the question.
+    empties_fast: bool,
 }
 
 impl<'a> Lane<'a> {
     /// All of a model's.
     fn of(model: &'a Model) -> impl Iterator<Item = Self> {
-        let lane = move |&band| Self { model, band, declaration: job_queue(&model.name, band) };
+        let lane = move |&band| {
+            let declaration = job_queue(&model.name, band);
+            Self { model, band, declaration, empties_fast: false }
+        };
         PriorityBand::ALL.iter().map(lane)
     }
-}
-
-/// What became of a chunk.
-#[derive(Debug, Default)]
-struct Offered {
-    /// Jobs whose messages the broker holds.
-    confirmed: Vec<JobId>,
-    /// Messages that it did not take, or did not say so.
-    not_confirmed: usize,
-    /// Whether there may be more jobs, and room for them.
-    takes_more: bool,
 }
 
 /// Marks jobs that the broker holds in the queue `name`.
@@ -122,7 +118,7 @@ impl Relay {
         Self { watermark, declared, silences, silence_limit: SILENCE_LIMIT, run_limit: RUN_LIMIT }
     }
 
-    /// Fills every queue up to the watermark: a few chunks for each, then again for those that take more. One that fails
+    /// Fills every queue up to the watermark: a window for each, then again for those that take more. One that fails
     /// does not keep the others waiting.
     ///
     /// # Errors
@@ -135,8 +131,8 @@ impl Relay {
         let mut hungry: Vec<Lane<'_>> = models.iter().flat_map(Lane::of).collect();
         while !hungry.is_empty() {
             let mut hungry_still = Vec::new();
-            for lane in hungry {
-                match self.fill(backlog, queue, &lane, &mut report).await {
+            for mut lane in hungry {
+                match self.fill(backlog, queue, &mut lane, &mut report).await {
                     Ok(true) => hungry_still.push(lane),
                     Ok(false) => {}
                     Err(error) => {
@@ -157,12 +153,12 @@ impl Relay {
         failed.map_or(Ok(report), Err)
     }
 
-    /// Brings some chunks of jobs into one queue. Returns whether it may take more.
+    /// Brings up to [`WINDOW`] jobs into one queue. Returns whether it should get more in this run.
     async fn fill(
         &mut self,
         backlog: &impl Backlog,
         queue: &impl Queue,
-        lane: &Lane<'_>,
+        lane: &mut Lane<'_>,
         report: &mut RelayReport,
     ) -> Result<bool> {
         let name = lane.declaration.name.as_str();
@@ -172,62 +168,41 @@ impl Relay {
         }
         // Declared also while it is empty, so that workers and autoscalers find it.
         self.declare(queue, &lane.declaration).await?;
+        let unclaimed = backlog.published_unclaimed_count(lane.model.model_id, lane.band).await?;
+        let room = u64::from(self.watermark).saturating_sub(unclaimed);
+        lane.empties_fast |= 2 * room >= u64::from(self.watermark);
+        let limit = u32::try_from(room).unwrap_or(u32::MAX).min(WINDOW);
+        if limit == 0 {
+            return Ok(false);
+        }
+        let jobs = backlog.jobs_to_publish(lane.model.model_id, lane.band, limit).await?;
+
         // What the broker holds and the catalog has yet to mark.
         let mut unmarked = Vec::new();
-        let mut filled = Ok(true);
-        for _ in 0..CHUNKS_IN_A_ROW {
-            let (marked, offered) = tokio::join!(
-                mark(backlog, name, &unmarked),
-                self.offer_chunk(backlog, queue, lane, &unmarked)
-            );
+        // Whether the broker takes all that it is offered. If not, the queue gets a pause until the next run.
+        let mut published = Ok(true);
+        for chunk in jobs.chunks(CHUNK as usize) {
+            let (marked, confirmed) =
+                tokio::join!(mark(backlog, name, &unmarked), self.publish(queue, &lane.declaration, chunk));
             if marked.is_ok() {
                 unmarked.clear();
             }
-            let takes_more = offered.map(|offered| {
-                report.published += offered.confirmed.len() as u64;
-                report.not_published += offered.not_confirmed as u64;
-                unmarked.extend(offered.confirmed);
-                offered.takes_more
+            let takes_all = confirmed.map(|confirmed| {
+                report.published += confirmed.len() as u64;
+                report.not_published += (chunk.len() - confirmed.len()) as u64;
+                unmarked.extend(&confirmed);
+                confirmed.len() == chunk.len()
             });
-            filled = marked.and(takes_more);
-            if !matches!(filled, Ok(true)) {
+            published = marked.and(takes_all);
+            if !matches!(published, Ok(true)) {
                 break;
             }
         }
         // After a failure too, and once more what could not be marked before: what stays unmarked is published again.
         let marked = mark(backlog, name, &unmarked).await;
-        filled.and_then(|takes_more| marked.map(|()| takes_more))
-    }
-
-    /// Asks for a chunk of jobs and publishes it, while the jobs `unmarked`, which the broker holds, are being marked.
-    async fn offer_chunk(
-        &mut self,
-        backlog: &impl Backlog,
-        queue: &impl Queue,
-        lane: &Lane<'_>,
-        unmarked: &[JobId],
-    ) -> Result<Offered> {
-        let (model_id, in_flight) = (lane.model.model_id, u32::try_from(unmarked.len())?);
-        let unclaimed = backlog.published_unclaimed_count(model_id, lane.band).await?;
-        let room = u64::from(self.watermark).saturating_sub(unclaimed).saturating_sub(in_flight.into());
-        let limit = u32::try_from(room).unwrap_or(u32::MAX).min(CHUNK);
-        if limit == 0 {
-            // Those that were marked before this count are in it twice. Without them there may be room.
-            return Ok(Offered { takes_more: in_flight > 0, ..Offered::default() });
-        }
-        let mut jobs = backlog.jobs_to_publish(model_id, lane.band, limit + in_flight).await?;
-        let unmarked: HashSet<JobId> = unmarked.iter().copied().collect();
-        jobs.retain(|job| !unmarked.contains(&job.job_id));
-        jobs.truncate(limit as usize);
-        if jobs.is_empty() {
-            return Ok(Offered::default());
-        }
-        let confirmed = self.publish(queue, &lane.declaration, &jobs).await?;
-        failpoint::reached("relay::after_publish");
-        let not_confirmed = jobs.len() - confirmed.len();
-        // A queue that does not take all it is offered gets a pause until the next run.
-        let takes_more = not_confirmed == 0 && jobs.len() == limit as usize;
-        Ok(Offered { confirmed, not_confirmed, takes_more })
+        let takes_all = published.and_then(|takes_all| marked.map(|()| takes_all))?;
+        let may_be_more = jobs.len() == limit as usize && (room > limit.into() || lane.empties_fast);
+        Ok(takes_all && may_be_more)
     }
 
     /// Publishes `jobs` and returns those that the broker holds.
@@ -270,7 +245,9 @@ impl Relay {
         }
         let confirmed =
             jobs.iter().zip(&outcomes).filter(|&(_, &outcome)| outcome == PublishOutcome::Confirmed);
-        Ok(confirmed.map(|(job, _)| job.job_id).collect())
+        let confirmed = confirmed.map(|(job, _)| job.job_id).collect();
+        failpoint::reached("relay::after_publish");
+        Ok(confirmed)
     }
 
     async fn declare(&mut self, queue: &impl Queue, declaration: &QueueDeclaration) -> Result<()> {

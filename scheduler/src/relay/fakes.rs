@@ -18,6 +18,7 @@ pub struct FakeBacklog {
     model: Model,
     jobs: Vec<(PriorityBand, PublishableJob)>,
     published: Mutex<BTreeSet<JobId>>,
+    looks: Mutex<Vec<PriorityBand>>,
     marks: Mutex<usize>,
     /// Marks, by their place among all, that the catalog does not take.
     failing_marks: Mutex<BTreeSet<usize>>,
@@ -71,6 +72,7 @@ impl FakeBacklog {
             model,
             jobs: bands.iter().copied().flat_map(jobs_of).collect(),
             published: Mutex::default(),
+            looks: Mutex::default(),
             marks: Mutex::default(),
             failing_marks: Mutex::default(),
             next_chunk: None,
@@ -84,7 +86,7 @@ impl FakeBacklog {
         Self { is_claimed_at_once: true, ..self }
     }
 
-    /// No mark ends, and none shows, before the chunk after it is on its way to `queue`, which gets `last` of them.
+    /// No mark ends, and none shows, before the chunk after it is on its way to `queue`, which gets `last` of them, all in one window.
     pub fn marked_beside(self, queue: &FakeQueue, last: usize) -> Self {
         Self { next_chunk: Some(NextChunk { calls: queue.begun.subscribe(), last }), ..self }
     }
@@ -94,7 +96,17 @@ impl FakeBacklog {
     }
 
     pub fn mark_all_published(&self) {
-        self.published.lock().unwrap().extend(self.jobs.iter().map(|(_, job)| job.job_id));
+        self.mark_published(self.jobs.len());
+    }
+
+    /// The first `count` jobs.
+    pub fn mark_published(&self, count: usize) {
+        self.published.lock().unwrap().extend(self.jobs.iter().take(count).map(|(_, job)| job.job_id));
+    }
+
+    /// How often somebody asked how much of a band is on the way.
+    pub fn looks(&self, band: PriorityBand) -> usize {
+        self.looks.lock().unwrap().iter().filter(|&&of| of == band).count()
     }
 
     pub fn published(&self) -> usize {
@@ -144,6 +156,7 @@ impl Backlog for FakeBacklog {
         _model_id: ModelId,
         band: PriorityBand,
     ) -> Result<u64, CatalogError> {
+        self.looks.lock().unwrap().push(band);
         let published = self.published.lock().unwrap();
         let unclaimed = self.jobs.iter().filter(|(of, job)| *of == band && published.contains(&job.job_id));
         Ok(if self.is_claimed_at_once { 0 } else { unclaimed.count() as u64 })

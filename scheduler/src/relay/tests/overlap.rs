@@ -34,18 +34,26 @@ async fn the_next_chunk_is_published_while_one_is_marked() {
 }
 
 #[tokio::test]
-async fn what_is_being_marked_counts_towards_the_watermark() {
-    // Marks that show late, and marks that show before the next question.
-    let late = FakeQueue::default();
-    let backlog = FakeBacklog::with_jobs(9_000).marked_beside(&late, 3);
-    try_run(&mut Relay::new(2_500), &backlog, &late).await.unwrap();
-    assert_eq!((sizes(&late), backlog.published()), (vec![1_000, 1_000, 500], 2_500));
+async fn the_watermark_holds_over_several_windows() {
+    let queue = FakeQueue::default();
+    let backlog = FakeBacklog::with_jobs(15_000);
+    let report = try_run(&mut Relay::new(12_500), &backlog, &queue).await.unwrap();
+    assert_eq!(report, RelayReport { published: 12_500, not_published: 0 });
+    let mut chunks = vec![CHUNK as usize; 12];
+    chunks.push(500);
+    assert_eq!((sizes(&queue), backlog.published()), (chunks, 12_500));
+    assert_nothing_was_published_twice(&queue);
+}
 
-    let early = FakeQueue::default();
-    let backlog = FakeBacklog::with_jobs(9_000);
-    try_run(&mut Relay::new(2_500), &backlog, &early).await.unwrap();
-    assert_eq!((sizes(&early).iter().sum::<usize>(), backlog.published()), (2_500, 2_500));
-    assert_nothing_was_published_twice(&early);
+#[tokio::test]
+async fn a_queue_that_lasts_until_the_next_run_is_looked_at_once() {
+    // It lacks a fifth of what it should hold; then half of it, so that it may be empty before the next run.
+    for (held, looks) in [(8_000, 1), (5_000, 2)] {
+        let (backlog, queue) = (FakeBacklog::with_jobs(20_000), FakeQueue::default());
+        backlog.mark_published(held);
+        try_run(&mut Relay::new(10_000), &backlog, &queue).await.unwrap();
+        assert_eq!((backlog.published(), backlog.looks(PriorityBand::Normal)), (10_000, looks));
+    }
 }
 
 #[tokio::test]
@@ -100,23 +108,23 @@ async fn a_chunk_that_is_refused_in_part_is_the_last_and_its_rest_is_marked() {
 #[tokio::test]
 async fn a_queue_that_is_emptied_as_fast_as_it_is_filled_keeps_no_other_waiting() {
     let (normal, low) = ("darkroom.jobs.demo.normal", "darkroom.jobs.demo.low");
-    let count = 2 * CHUNKS_IN_A_ROW as u32 * CHUNK + 1;
+    let count = 2 * WINDOW + 1;
     let backlog = || FakeBacklog::with_jobs_in(&[PriorityBand::Normal, PriorityBand::Low], count);
     let queue = FakeQueue::default();
-    let report = try_run(&mut Relay::new(5_000), &backlog().claimed_at_once(), &queue).await.unwrap();
+    let report = try_run(&mut Relay::new(WINDOW), &backlog().claimed_at_once(), &queue).await.unwrap();
     assert_eq!(report.published, 2 * u64::from(count));
     assert_nothing_was_published_twice(&queue);
     let names: Vec<String> = queue.calls().into_iter().map(|(name, _)| name).collect();
     let turns: Vec<(&str, usize)> =
         names.chunk_by(|one, next| one == next).map(|turn| (turn[0].as_str(), turn.len())).collect();
-    let whole = CHUNKS_IN_A_ROW;
+    let whole = (WINDOW / CHUNK) as usize;
     assert_eq!(turns, [(normal, whole), (low, whole), (normal, whole), (low, whole), (normal, 1), (low, 1)]);
 
     // A run that lasts too long ends after a round, and the next goes on.
     let (backlog, queue) = (backlog().claimed_at_once(), FakeQueue::default());
-    let mut relay = Relay { run_limit: Duration::ZERO, ..Relay::new(5_000) };
+    let mut relay = Relay { run_limit: Duration::ZERO, ..Relay::new(WINDOW) };
     for rounds in 1..=2 {
         try_run(&mut relay, &backlog, &queue).await.unwrap();
-        assert_eq!(queue.calls().len(), rounds * 2 * CHUNKS_IN_A_ROW);
+        assert_eq!(queue.calls().len(), rounds * 2 * whole);
     }
 }
