@@ -47,12 +47,14 @@ async fn the_watermark_holds_over_several_windows() {
 
 #[tokio::test]
 async fn a_queue_that_lasts_until_the_next_run_is_looked_at_once() {
-    // It lacks a fifth of what it should hold; then half of it, so that it may be empty before the next run.
-    for (held, looks) in [(8_000, 1), (5_000, 2)] {
-        let (backlog, queue) = (FakeBacklog::with_jobs(20_000), FakeQueue::default());
+    // It lacks a fifth of what it should hold; then half of it, so that it may be empty before the next run; then more than
+    // is asked for at once.
+    for (watermark, held, looks) in [(10_000, 8_000, 1), (10_000, 5_000, 2), (20_000, 12_000, 2)] {
+        let (backlog, queue) = (FakeBacklog::with_jobs(25_000), FakeQueue::default());
         backlog.mark_published(held);
-        try_run(&mut Relay::new(10_000), &backlog, &queue).await.unwrap();
-        assert_eq!((backlog.published(), backlog.looks(PriorityBand::Normal)), (10_000, looks));
+        try_run(&mut Relay::new(watermark), &backlog, &queue).await.unwrap();
+        let now = (backlog.published(), backlog.looks(PriorityBand::Normal));
+        assert_eq!(now, (watermark as usize, looks), "{held} of {watermark}");
     }
 }
 
@@ -111,7 +113,7 @@ async fn a_queue_that_is_emptied_as_fast_as_it_is_filled_keeps_no_other_waiting(
     let count = 2 * WINDOW + 1;
     let backlog = || FakeBacklog::with_jobs_in(&[PriorityBand::Normal, PriorityBand::Low], count);
     let queue = FakeQueue::default();
-    let report = try_run(&mut Relay::new(WINDOW), &backlog().claimed_at_once(), &queue).await.unwrap();
+    let report = try_run(&mut Relay::new(4 * WINDOW), &backlog().claimed_at_once(), &queue).await.unwrap();
     assert_eq!(report.published, 2 * u64::from(count));
     assert_nothing_was_published_twice(&queue);
     let names: Vec<String> = queue.calls().into_iter().map(|(name, _)| name).collect();
@@ -122,7 +124,7 @@ async fn a_queue_that_is_emptied_as_fast_as_it_is_filled_keeps_no_other_waiting(
 
     // A run that lasts too long ends after a round, and the next goes on.
     let (backlog, queue) = (backlog().claimed_at_once(), FakeQueue::default());
-    let mut relay = Relay { run_limit: Duration::ZERO, ..Relay::new(WINDOW) };
+    let mut relay = Relay { run_limit: Duration::ZERO, ..Relay::new(4 * WINDOW) };
     for rounds in 1..=2 {
         try_run(&mut relay, &backlog, &queue).await.unwrap();
         assert_eq!(queue.calls().len(), rounds * 2 * whole);
