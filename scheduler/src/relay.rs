@@ -2,21 +2,27 @@
 //!
 //! It publishes first and marks after. A crash in between leaves published jobs unmarked, so they are published a
 //! second time, and the worker that finds a job claimed or final drops the message. Two relays take turns
-//! ([`PgCatalog::try_relay_turn`]), and where that fails they do the same to each other. Fairness among batches is in the query; the watermark is what makes cancelling, priorities and
-//! fairness quick to take effect, because what the broker holds is out of our hands.
+//! (`PgCatalog::try_relay_turn`), and where that fails they do the same to each other. Fairness among batches is in the
+//! query; the watermark is what makes cancelling, priorities and fairness quick to take effect, because what the broker
+//! holds is out of our hands.
+//!
+//! A question to the catalog costs it as much as there is on the way, so the relay asks for many jobs at once and publishes them
+//! in chunks. While one chunk is marked the next is published, so catalog and broker work at the same time. All are marked
+//! before it asks again, so no answer holds a job that the broker has already; and whatever fails, it tries to mark what the
+//! broker has confirmed.
 //!
 //! A queue can break alone, and for good: its process is gone or finds no leader, while the broker around it answers
 //! (RabbitMQ 3.10 does this when queues are deleted and declared in a hurry, and its node is then killed). Nobody can
 //! publish to such a queue or consume from it. Since messages are only hints, the relay makes it anew.
+mod backlog;
+
 use std::collections::{HashMap, HashSet};
-use std::future::Future;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
+pub use backlog::Backlog;
 use schema::failpoint;
-use schema::{
-    CatalogError, JobId, Model, ModelId, PgCatalog, PriorityBand, PublishableJob, QueueDeclaration, job_queue,
-};
+use schema::{JobId, Model, PriorityBand, PublishableJob, QueueDeclaration, job_queue};
 use serde::Serialize;
 use tracing::{debug, info, warn};
 
@@ -25,78 +31,17 @@ use crate::queue::{OutgoingMessage, PublishOutcome, Queue, QueueError};
 /// Messages in one `publish` call: enough to keep the broker busy while confirms travel, and few enough that all
 /// confirms arrive long before their time limit.
 const CHUNK: u32 = 1_000;
+/// Jobs that are asked for at once, and that a queue may take before the others have their turn. Beyond the first chunk they are not
+/// looked at again before they are published, about a second later; fewer would let the relay wait for the catalog more often.
+const WINDOW: u32 = 5 * CHUNK;
+/// A run begins no further round after this long. Longer than the serve loop's interval, so that the next run follows at
+/// once, and far shorter than the minute for which a turn to publish is kept.
+const RUN_LIMIT: Duration = Duration::from_secs(15);
 
 /// So often in a row, each time on a fresh connection, may a queue be silent or refuse everything while it is empty...
 const SILENCES: u32 = 2;
 /// ...and for so long, before it counts as broken. A quorum that elects a leader takes seconds.
 const SILENCE_LIMIT: Duration = Duration::from_secs(30);
-
-/// What the relay and the republisher need of the catalog.
-pub trait Backlog: Send + Sync {
-    /// All registered models.
-    fn models(&self) -> impl Future<Output = Result<Vec<Model>, CatalogError>> + Send;
-    /// Up to `limit` unpublished jobs, fair among batches.
-    fn jobs_to_publish(
-        &self,
-        model_id: ModelId,
-        band: PriorityBand,
-        limit: u32,
-    ) -> impl Future<Output = Result<Vec<PublishableJob>, CatalogError>> + Send;
-    /// Marks jobs as published, unless they were claimed meanwhile.
-    fn mark_published_if_available(
-        &self,
-        job_ids: &[JobId],
-    ) -> impl Future<Output = Result<u64, CatalogError>> + Send;
-    /// How many jobs are published and unclaimed.
-    fn published_unclaimed_count(
-        &self,
-        model_id: ModelId,
-        band: PriorityBand,
-    ) -> impl Future<Output = Result<u64, CatalogError>> + Send;
-    /// Takes the mark off jobs that were published longer ago than `older_than` and never claimed.
-    fn republish_if_unclaimed_for(
-        &self,
-        model_id: ModelId,
-        band: PriorityBand,
-        older_than: Duration,
-    ) -> impl Future<Output = Result<u64, CatalogError>> + Send;
-}
-
-impl Backlog for PgCatalog {
-    async fn models(&self) -> Result<Vec<Model>, CatalogError> {
-        self.models().await
-    }
-
-    async fn jobs_to_publish(
-        &self,
-        model_id: ModelId,
-        band: PriorityBand,
-        limit: u32,
-    ) -> Result<Vec<PublishableJob>, CatalogError> {
-        self.jobs_to_publish(model_id, band, limit).await
-    }
-
-    async fn mark_published_if_available(&self, job_ids: &[JobId]) -> Result<u64, CatalogError> {
-        self.mark_published_if_available(job_ids).await
-    }
-
-    async fn published_unclaimed_count(
-        &self,
-        model_id: ModelId,
-        band: PriorityBand,
-    ) -> Result<u64, CatalogError> {
-        self.published_unclaimed_count(model_id, band).await
-    }
-
-    async fn republish_if_unclaimed_for(
-        &self,
-        model_id: ModelId,
-        band: PriorityBand,
-        older_than: Duration,
-    ) -> Result<u64, CatalogError> {
-        self.republish_if_unclaimed_for(model_id, band, older_than).await
-    }
-}
 
 /// What one run did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
@@ -116,6 +61,7 @@ pub struct Relay {
     /// The queues that do not take messages although the broker answers.
     silences: HashMap<String, Silence>,
     silence_limit: Duration,
+    run_limit: Duration,
 }
 
 /// Since when a queue takes nothing, and how often it was tried.
@@ -131,27 +77,74 @@ impl Silence {
     }
 }
 
+/// A queue to fill.
+#[derive(Debug)]
+struct Lane<'a> {
+    model: &'a Model,
+    band: PriorityBand,
+    declaration: QueueDeclaration,
+    /// Half of the watermark was claimed since the last run or within this one. What the queue holds may not last until the next
+    /// run, so this one looks again, however little there is room for; otherwise that is not worth the question.
+    empties_fast: bool,
+}
+
+impl<'a> Lane<'a> {
+    /// All of a model's.
+    fn of(model: &'a Model) -> impl Iterator<Item = Self> {
+        let lane = move |&band| {
+            let declaration = job_queue(&model.name, band);
+            Self { model, band, declaration, empties_fast: false }
+        };
+        PriorityBand::ALL.iter().map(lane)
+    }
+}
+
+/// Marks jobs that the broker holds in the queue `name`.
+async fn mark(backlog: &impl Backlog, name: &str, confirmed: &[JobId]) -> Result<()> {
+    if confirmed.is_empty() {
+        return Ok(());
+    }
+    let marked = backlog.mark_published_if_available(confirmed).await?;
+    failpoint::reached("relay::after_mark");
+    let confirmed = confirmed.len();
+    debug!(queue.name = name, confirmed, marked, "Published {confirmed} jobs to {name}");
+    Ok(())
+}
+
 impl Relay {
     /// A relay that keeps at most `watermark` unclaimed messages per model and band.
     pub fn new(watermark: u32) -> Self {
-        Self { watermark, declared: HashSet::new(), silences: HashMap::new(), silence_limit: SILENCE_LIMIT }
+        let (declared, silences) = Default::default();
+        Self { watermark, declared, silences, silence_limit: SILENCE_LIMIT, run_limit: RUN_LIMIT }
     }
 
-    /// Fills every queue up to the watermark, once. One that fails does not keep the others waiting.
+    /// Fills every queue up to the watermark: a window for each, then again for those that take more. One that fails
+    /// does not keep the others waiting.
     ///
     /// # Errors
     /// If the catalog or the broker cannot be asked: the first reason. What was published stays published.
     pub async fn run_once(&mut self, backlog: &impl Backlog, queue: &impl Queue) -> Result<RelayReport> {
         let mut report = RelayReport::default();
         let mut failed = None;
-        for model in backlog.models().await? {
-            for &band in PriorityBand::ALL {
-                let filled = self.fill(backlog, queue, &model, band, &mut report).await;
-                let filled = filled
-                    .with_context(|| format!("cannot fill the queue of model `{}`, band {band}", model.name));
-                if let Err(error) = filled {
-                    failed.get_or_insert(error);
+        let started = Instant::now();
+        let models = backlog.models().await?;
+        let mut hungry: Vec<Lane<'_>> = models.iter().flat_map(Lane::of).collect();
+        while !hungry.is_empty() {
+            let mut hungry_still = Vec::new();
+            for mut lane in hungry {
+                match self.fill(backlog, queue, &mut lane, &mut report).await {
+                    Ok(true) => hungry_still.push(lane),
+                    Ok(false) => {}
+                    Err(error) => {
+                        let Lane { model, band, .. } = lane;
+                        let what = format!("cannot fill the queue of model `{}`, band {band}", model.name);
+                        failed.get_or_insert(error.context(what));
+                    }
                 }
+            }
+            hungry = hungry_still;
+            if started.elapsed() >= self.run_limit {
+                break;
             }
         }
         if report.published > 0 {
@@ -160,54 +153,56 @@ impl Relay {
         failed.map_or(Ok(report), Err)
     }
 
+    /// Brings up to [`WINDOW`] jobs into one queue. Returns whether it should get more in this run.
     async fn fill(
         &mut self,
         backlog: &impl Backlog,
         queue: &impl Queue,
-        model: &Model,
-        band: PriorityBand,
+        lane: &mut Lane<'_>,
         report: &mut RelayReport,
-    ) -> Result<()> {
-        let declaration = job_queue(&model.name, band);
-        if self
-            .silences
-            .get(&declaration.name)
-            .is_some_and(|silence| silence.is_longer_than(self.silence_limit))
-        {
-            self.make_anew(backlog, queue, model, band, &declaration.name).await?;
+    ) -> Result<bool> {
+        let name = lane.declaration.name.as_str();
+        let silence = self.silences.get(name);
+        if silence.is_some_and(|silence| silence.is_longer_than(self.silence_limit)) {
+            self.make_anew(backlog, queue, lane).await?;
         }
         // Declared also while it is empty, so that workers and autoscalers find it.
-        self.declare(queue, &declaration).await?;
-        loop {
-            let unclaimed = backlog.published_unclaimed_count(model.model_id, band).await?;
-            let room = u64::from(self.watermark).saturating_sub(unclaimed);
-            let limit = u32::try_from(room).unwrap_or(u32::MAX).min(CHUNK);
-            if limit == 0 {
-                return Ok(());
+        self.declare(queue, &lane.declaration).await?;
+        let unclaimed = backlog.published_unclaimed_count(lane.model.model_id, lane.band).await?;
+        let room = u64::from(self.watermark).saturating_sub(unclaimed);
+        lane.empties_fast |= 2 * room >= u64::from(self.watermark);
+        let limit = u32::try_from(room).unwrap_or(u32::MAX).min(WINDOW);
+        if limit == 0 {
+            return Ok(false);
+        }
+        let jobs = backlog.jobs_to_publish(lane.model.model_id, lane.band, limit).await?;
+
+        // What the broker holds and the catalog has yet to mark.
+        let mut unmarked = Vec::new();
+        // Whether the broker takes all that it is offered. If not, the queue gets a pause until the next run.
+        let mut published = Ok(true);
+        for chunk in jobs.chunks(CHUNK as usize) {
+            let (marked, confirmed) =
+                tokio::join!(mark(backlog, name, &unmarked), self.publish(queue, &lane.declaration, chunk));
+            if marked.is_ok() {
+                unmarked.clear();
             }
-            let jobs = backlog.jobs_to_publish(model.model_id, band, limit).await?;
-            if jobs.is_empty() {
-                return Ok(());
-            }
-            let confirmed = self.publish(queue, &declaration, &jobs).await?;
-            failpoint::reached("relay::after_publish");
-            let marked = backlog.mark_published_if_available(&confirmed).await?;
-            failpoint::reached("relay::after_mark");
-            debug!(
-                queue.name = declaration.name,
-                confirmed = confirmed.len(),
-                marked,
-                "Published {} jobs to {}",
-                confirmed.len(),
-                declaration.name
-            );
-            report.published += confirmed.len() as u64;
-            report.not_published += (jobs.len() - confirmed.len()) as u64;
-            // A queue that does not take all it is offered gets a pause until the next run.
-            if confirmed.len() < jobs.len() || jobs.len() < limit as usize {
-                return Ok(());
+            let takes_all = confirmed.map(|confirmed| {
+                report.published += confirmed.len() as u64;
+                report.not_published += (chunk.len() - confirmed.len()) as u64;
+                unmarked.extend(&confirmed);
+                confirmed.len() == chunk.len()
+            });
+            published = marked.and(takes_all);
+            if !matches!(published, Ok(true)) {
+                break;
             }
         }
+        // After a failure too, and once more what could not be marked before: what stays unmarked is published again.
+        let marked = mark(backlog, name, &unmarked).await;
+        let takes_all = published.and_then(|takes_all| marked.map(|()| takes_all))?;
+        let may_be_more = jobs.len() == limit as usize && (room > limit.into() || lane.empties_fast);
+        Ok(takes_all && may_be_more)
     }
 
     /// Publishes `jobs` and returns those that the broker holds.
@@ -250,7 +245,9 @@ impl Relay {
         }
         let confirmed =
             jobs.iter().zip(&outcomes).filter(|&(_, &outcome)| outcome == PublishOutcome::Confirmed);
-        Ok(confirmed.map(|(job, _)| job.job_id).collect())
+        let confirmed = confirmed.map(|(job, _)| job.job_id).collect();
+        failpoint::reached("relay::after_publish");
+        Ok(confirmed)
     }
 
     async fn declare(&mut self, queue: &impl Queue, declaration: &QueueDeclaration) -> Result<()> {
@@ -271,19 +268,13 @@ impl Relay {
     }
 
     /// Removes a broken queue. What it held is published again, to the queue that the next declaration makes.
-    async fn make_anew(
-        &mut self,
-        backlog: &impl Backlog,
-        queue: &impl Queue,
-        model: &Model,
-        band: PriorityBand,
-        name: &str,
-    ) -> Result<()> {
+    async fn make_anew(&mut self, backlog: &impl Backlog, queue: &impl Queue, lane: &Lane<'_>) -> Result<()> {
+        let name = &lane.declaration.name;
         // Each silence has replaced the connection, and this one was built since: the broker itself answers.
         queue.delete(name).await?;
-        let lost = backlog.republish_if_unclaimed_for(model.model_id, band, Duration::ZERO).await?;
+        let lost = backlog.republish_if_unclaimed_for(lane.model.model_id, lane.band, Duration::ZERO).await?;
         warn!(
-            queue.name = name,
+            queue.name = name.as_str(),
             lost, "The queue {name} did not answer {SILENCES} times in a row; it is made anew"
         );
         self.silences.remove(name);

@@ -1,8 +1,8 @@
 //! What one scheduler, one Postgres and one broker carry, computed from what `bench-fleet` measured.
 //!
 //! A discrete-event simulation ([`simulation`]) of many GPUs around three servers: the broker's queue (one at a time, as a
-//! quorum queue's leader works), Postgres (as many at a time as it has cores) and the scheduler's relay (one chunk
-//! at a time, which needs both). How long each serves a microbatch is the processor time that `bench-fleet` measured
+//! quorum queue's leader works), Postgres (as many at a time as it has cores) and the scheduler's relay (which publishes a chunk
+//! through the broker while Postgres marks the one before). How long each serves a microbatch is the processor time that `bench-fleet` measured
 //! for it. What the model leaves out, and which way that errs: the network and the disk (on the measured machine the
 //! commits' flushes are in none of the processor times), Postgres' growth with its tables and connections, and S3, which is
 //! somebody else's to scale. So its numbers are an upper bound that says what binds first, not a promise.

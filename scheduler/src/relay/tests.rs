@@ -1,4 +1,6 @@
 //! The relay against a backlog and a broker in memory.
+mod overlap;
+
 use super::fakes::{FakeBacklog, FakeQueue};
 use super::*;
 

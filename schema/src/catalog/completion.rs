@@ -142,6 +142,7 @@ impl<'a> From<&'a CompletedJob> for InputRow<'a> {
     }
 }
 
+/// It finds its jobs by their ids alone, whatever the planner believes about how many run; see `HELD` in `claims.rs`.
 const COMPLETE: &str = "
     WITH given AS (
         SELECT * FROM jsonb_to_recordset($1) AS given (
@@ -154,7 +155,7 @@ const COMPLETE: &str = "
     ), held AS (
         SELECT jobs.job_id, jobs.batch_id, jobs.width, jobs.height, jobs.seed
         FROM jobs JOIN given USING (job_id, lease_generation)
-        WHERE jobs.state = 'running'
+        WHERE jobs.job_id = ANY (ARRAY(SELECT job_id FROM given)) AND (jobs.state = 'running') IS TRUE
         ORDER BY jobs.job_id FOR NO KEY UPDATE OF jobs
     ), recorded AS (
         INSERT INTO images (
@@ -182,7 +183,9 @@ const COMPLETE: &str = "
         UPDATE jobs SET
             state = 'completed', image_id = recorded.image_id, finalized_at = now(),
             leased_by = NULL, lease_expires_at = NULL
-        FROM recorded WHERE jobs.job_id = recorded.job_id AND jobs.state = 'running'
+        FROM recorded
+        WHERE jobs.job_id = recorded.job_id AND jobs.job_id = ANY (ARRAY(SELECT job_id FROM recorded))
+          AND (jobs.state = 'running') IS TRUE
         RETURNING jobs.job_id, jobs.image_id
     )
     SELECT job_id, image_id FROM completed";

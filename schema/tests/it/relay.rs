@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use schema::{BatchId, JobId, PriorityBand, PublishableJob};
 
-use crate::support::{Fixture, TEST_ITSELF, new_jobs};
+use crate::support::{Fixture, new_jobs};
 
 const BAND: PriorityBand = PriorityBand::Normal;
 
@@ -141,7 +141,6 @@ async fn what_the_broker_lost_is_published_again() {
     assert_eq!(republish(Duration::ZERO).await.unwrap(), 1);
 }
 
-/// A long backlog may not make the relay's question slow: it hops along the index from batch to batch.
 #[tokio::test]
 async fn one_relay_publishes_at_a_time() {
     let fixture = Fixture::new().await;
@@ -152,6 +151,7 @@ async fn one_relay_publishes_at_a_time() {
     assert!(turn.is_some(), "a turn that ended is free to take");
 }
 
+/// A long backlog may not make the relay's question slow: it hops along the index from batch to batch.
 #[tokio::test]
 async fn a_long_backlog_is_not_walked_through() {
     let fixture = Fixture::new().await;
@@ -163,26 +163,12 @@ async fn a_long_backlog_is_not_walked_through() {
         if analyze {
             sqlx::query("ANALYZE jobs").execute(&fixture.pool).await.unwrap();
         }
-        let before = rows_read(&fixture).await;
+        let before = fixture.rows_read().await;
         let catalog = schema::PgCatalog::connect(&fixture.url(), 1).await.unwrap();
         let jobs = catalog.jobs_to_publish(fixture.model.model_id, BAND, 20).await.unwrap();
         assert_eq!(jobs.len(), 20);
         catalog.close().await;
-        let read = rows_read(&fixture).await - before;
+        let read = fixture.rows_read().await - before;
         assert!(read < 500, "20 of 20,010 jobs cost {read} rows (analyzed: {analyze})");
     }
-}
-
-/// How many rows of `jobs` were read, by Postgres' own count, once every catalog's session has ended: a session
-/// reports at its end at the latest.
-async fn rows_read(fixture: &Fixture) -> i64 {
-    let sessions = format!(
-        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()
-         AND application_name <> '{TEST_ITSELF}' AND backend_type = 'client backend'"
-    );
-    while fixture.count(&sessions).await > 0 {
-        tokio::task::yield_now().await;
-    }
-    let sql = "SELECT seq_tup_read + idx_tup_fetch FROM pg_stat_user_tables WHERE relname = 'jobs'";
-    fixture.count(sql).await
 }

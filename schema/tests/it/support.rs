@@ -169,6 +169,20 @@ impl Fixture {
         sqlx::query_scalar(sql).fetch_one(&self.pool).await.unwrap()
     }
 
+    /// How many rows of `jobs` were read, by Postgres' own count, once every catalog's session has ended: a session
+    /// reports at its end at the latest.
+    pub async fn rows_read(&self) -> i64 {
+        let sessions = format!(
+            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()
+             AND application_name <> '{TEST_ITSELF}' AND backend_type = 'client backend'"
+        );
+        while self.count(&sessions).await > 0 {
+            tokio::task::yield_now().await;
+        }
+        let sql = "SELECT seq_tup_read + idx_tup_fetch FROM pg_stat_user_tables WHERE relname = 'jobs'";
+        self.count(sql).await
+    }
+
     /// `column` of job `job_id` as text.
     pub async fn column(&self, job_id: JobId, column: &str) -> Option<String> {
         let sql = format!("SELECT {column}::text FROM jobs WHERE job_id = $1");

@@ -3,7 +3,8 @@
 //! A GPU is a worker as it is built: it asks for its next microbatch when it starts one, and draws on when that was claimed in
 //! time. Claiming takes messages out of the broker's queue and a turn of Postgres; finishing takes another turn, in the
 //! background. Messages come from the relay, which publishes in chunks while fewer than the watermark wait, out of a
-//! backlog that never ends. Service times vary exponentially around their means, as a busy machine's do; drawing does not.
+//! backlog that never ends: it asks for some at once, publishes one while the one before is marked, and asks again when all are
+//! marked. Service times vary exponentially around their means, as a busy machine's do; drawing does not.
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, VecDeque};
@@ -14,6 +15,8 @@ use super::Demands;
 const WATERMARK_MICROBATCHES: usize = 10;
 /// Messages that the relay publishes at once.
 const CHUNK: usize = 1_000;
+/// Chunks that it asks for at once. All have to be marked before it asks again.
+const WINDOW: usize = 5;
 /// Of Postgres' work for a picture, the shares of publishing, claiming and completing it. How they are split matters little: all
 /// of it has to be done at the same rate.
 const PUBLISH_SHARE: f64 = 0.3;
@@ -49,7 +52,8 @@ pub struct Outcome {
     pub postgres: f64,
     /// The broker's queue.
     pub broker: f64,
-    /// The relay: from the start of a chunk until it is published and marked, waiting for broker and Postgres included.
+    /// The relay: from its question for a window of chunks until all are published and marked, waiting for broker and Postgres
+    /// included.
     pub relay: f64,
 }
 
@@ -128,8 +132,14 @@ struct Simulation {
     postgres: Server,
     broker: Server,
     relay: Server,
-    /// When it began the chunk that it works on.
-    relay_since: f64,
+    /// When it began the window that it works on, if it does.
+    relay_since: Option<f64>,
+    /// Chunks of this window that it has yet to begin.
+    window: usize,
+    /// A chunk that is published and waits for the marks of the one before.
+    published: Option<usize>,
+    /// Messages of the chunk that is being marked.
+    marking: Option<usize>,
     gpus: Vec<Gpu>,
     /// Messages that wait in the broker.
     ready: usize,
@@ -174,7 +184,10 @@ pub fn run(servers: Servers, workload: Workload, gpus: usize, seconds: f64) -> O
         postgres: Server::new(servers.postgres_cores),
         broker: Server::new(1),
         relay: Server::new(1),
-        relay_since: 0.0,
+        relay_since: None,
+        window: 0,
+        published: None,
+        marking: None,
         gpus: vec![Gpu::default(); gpus],
         ready: 0,
         hungry: VecDeque::new(),
@@ -203,8 +216,8 @@ impl Simulation {
         // What still draws at the end counts as far as it has come.
         let open: f64 =
             self.gpus.iter().filter(|gpu| gpu.draws).map(|gpu| self.counted(gpu.drawn_since, self.end)).sum();
-        if self.relay.working > 0 {
-            self.relay.worked += self.counted(self.relay_since, self.end);
+        if let Some(since) = self.relay_since {
+            self.relay.worked += self.counted(since, self.end);
         }
         let share = |server: &Server| (server.worked / (counted * server.places as f64)).min(1.0);
         Outcome {
@@ -256,18 +269,18 @@ impl Simulation {
                 self.send(Place::Broker, Work::Publish(CHUNK), demands.broker / 2.0 * CHUNK as f64)
             }
             Work::Publish(messages) => {
-                let cost = demands.postgres * PUBLISH_SHARE * messages as f64;
-                self.send(Place::Postgres, Work::Mark(messages), cost);
+                self.published = Some(messages);
+                self.mark();
             }
             Work::Mark(messages) => {
+                self.marking = None;
                 self.ready += messages;
                 while self.ready >= self.workload.microbatch
                     && let Some(gpu) = self.hungry.pop_front()
                 {
                     self.deliver(gpu);
                 }
-                self.relay.working = 0;
-                self.relay.worked += self.counted(self.relay_since, self.now);
+                self.mark();
                 self.wake_relay();
             }
             Work::Deliver(gpu) => {
@@ -308,13 +321,38 @@ impl Simulation {
         self.ask(gpu);
     }
 
-    /// The relay works on one chunk at a time, until its messages are marked.
+    /// Has the chunk that is published marked, once the one before is, and begins the next meanwhile.
+    fn mark(&mut self) {
+        if self.marking.is_none()
+            && let Some(messages) = self.published.take()
+        {
+            self.marking = Some(messages);
+            let cost = self.servers.demands.postgres * PUBLISH_SHARE * messages as f64;
+            self.send(Place::Postgres, Work::Mark(messages), cost);
+            self.relay.working = 0;
+            self.wake_relay();
+        }
+    }
+
+    /// The relay publishes one chunk at a time. It asks how much room there is when all that it has published is marked, and
+    /// then publishes a window.
     fn wake_relay(&mut self) {
-        let watermark = WATERMARK_MICROBATCHES * self.workload.microbatch * self.gpus.len();
-        if self.relay.working == 0 && self.ready < watermark {
+        if self.relay.working > 0 {
+            return;
+        }
+        if self.window == 0 && self.marking.is_none() {
+            if let Some(since) = self.relay_since.take() {
+                self.relay.worked += self.counted(since, self.now);
+            }
+            let watermark = WATERMARK_MICROBATCHES * self.workload.microbatch * self.gpus.len();
+            // The last chunk of a window may be a part of one; here it is whole.
+            self.window = watermark.saturating_sub(self.ready).div_ceil(CHUNK).min(WINDOW);
+            self.relay_since = (self.window > 0).then_some(self.now);
+        }
+        if self.window > 0 {
+            self.window -= 1;
             self.relay.working = 1;
             let cost = self.servers.demands.relay * CHUNK as f64;
-            self.relay_since = self.now;
             let duration = self.vary(cost);
             self.at(self.now + duration, What::Served(Place::Relay, Work::Relay));
         }
@@ -326,7 +364,7 @@ impl Simulation {
     }
 
     fn free(&mut self, place: Place) {
-        // The relay is free when its chunk is marked, not before.
+        // The relay is free when its chunk's marks begin, not before.
         if place != Place::Relay {
             self.server(place).working -= 1;
             self.start(place);
@@ -404,10 +442,25 @@ mod tests {
         assert!((165.0..204.0).contains(&outcome.rate), "{outcome:?}");
         assert!(outcome.postgres > 0.85 && (0.33..0.41).contains(&outcome.gpu_share), "{outcome:?}");
         assert_eq!(outcome.busiest(), "Postgres");
-        // With a broker that takes 8 ms for each message it is 125 a second.
-        let outcome = run(servers(0.001, 0.008), SLOW, 1_000, 400.0);
+        // With a broker that takes 8 ms for each message it is 125 a second. It takes some seconds for a chunk, so chance needs
+        // a long time to even out.
+        let outcome = run(servers(0.001, 0.008), SLOW, 1_000, 4_000.0);
         assert!((outcome.rate - 125.0).abs() < 8.0, "{outcome:?}");
         assert_eq!(outcome.busiest(), "broker");
+    }
+
+    #[test]
+    fn the_relay_publishes_while_it_marks() {
+        // A chunk takes half a second to publish and half a second to mark, each exponential: 1,000 a second one after the
+        // other. Side by side a chunk takes the longer of the two, three quarters of a second, and a window of five takes half a second
+        // for the first to be published, four times that, and half a second for the last to be marked: 1,250 a second.
+        let demands =
+            Demands { postgres: 0.000_5 / PUBLISH_SHARE, postgres_lease: 0.0, broker: 0.0, relay: 0.000_5 };
+        let servers = Servers { demands, postgres_cores: 1_000 };
+        let workload = Workload { pictures_per_second: 20.0, microbatch: 16 };
+        let outcome = run(servers, workload, 1_000, 2_000.0);
+        assert!((outcome.rate - 1_250.0).abs() < 60.0, "{outcome:?}");
+        assert!(outcome.relay > 0.99 && outcome.busiest() == "relay", "{outcome:?}");
     }
 
     #[test]

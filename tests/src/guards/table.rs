@@ -91,13 +91,13 @@ pub const GUARDS: &[Guard] = &[
         cuts: &[
             Cut {
                 file: "schema/src/catalog/completion.rs",
-                text: "WHERE jobs.state = 'running'\n        ORDER BY jobs.job_id FOR NO KEY UPDATE OF jobs",
+                text: "AND (jobs.state = 'running') IS TRUE\n        ORDER BY jobs.job_id FOR NO KEY UPDATE OF jobs",
                 replacement: "ORDER BY jobs.job_id FOR NO KEY UPDATE OF jobs",
             },
             Cut {
                 file: "schema/src/catalog/completion.rs",
-                text: "FROM recorded WHERE jobs.job_id = recorded.job_id AND jobs.state = 'running'",
-                replacement: "FROM recorded WHERE jobs.job_id = recorded.job_id",
+                text: "AND (jobs.state = 'running') IS TRUE\n        RETURNING jobs.job_id, jobs.image_id",
+                replacement: "RETURNING jobs.job_id, jobs.image_id",
             },
             ONE_IMAGE,
             FINAL_ABSORBS,
@@ -304,7 +304,7 @@ pub const GUARDS: &[Guard] = &[
             },
             Cut {
                 file: "schema/src/catalog/claims.rs",
-                text: "AS given (job_id, lease_generation)\n                    USING (job_id, lease_generation)\n                WHERE state = 'running' AND leased_by = $3\n            ), due AS (",
+                text: "AS given (job_id, lease_generation)\n                    USING (job_id, lease_generation)\n                WHERE job_id = ANY (ARRAY(SELECT unnest($1))) AND (state = 'running') IS TRUE AND leased_by = $3\n            ), due AS (",
                 replacement: "AS given (job_id, given_generation)\n                    ON jobs.job_id = given.job_id\n            ), due AS (",
             },
             // A job that does not run has no end of its lease.
