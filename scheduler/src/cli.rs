@@ -9,6 +9,7 @@ use schema::{ModelName, PriorityBand};
 use crate::config::GlobalArgs;
 use crate::maintenance::{INSPECTED_SAMPLE, MaintenanceSettings, ORPHANS_OLDER_THAN};
 use crate::prompt_file::PromptFormat;
+use crate::relay::{MOST_WATERMARK, Watermark};
 use crate::submission::BatchDefaults;
 
 /// Turns batches of prompts into pictures on a fleet of GPU workers.
@@ -104,10 +105,11 @@ pub struct UpArgs {
 #[derive(Clone, Copy, Debug, Args)]
 pub struct ServeArgs {
     /// Unclaimed messages to keep in each queue: some minutes of the fleet's work. Fewer make cancelling, priorities
-    /// and fairness take effect sooner; too few let workers wait.
-    #[arg(long, env = "DARKROOM_WATERMARK", default_value_t = 1000, value_name = "N",
-          value_parser = clap::value_parser!(u32).range(1..=900_000))]
-    pub watermark: u32,
+    /// and fairness take effect sooner; too few let workers wait, or start with microbatches that are not full [default: ten
+    /// microbatches for each worker that is there, at least 1000].
+    #[arg(long, env = "DARKROOM_WATERMARK", value_name = "N",
+          value_parser = clap::value_parser!(u32).range(1..=i64::from(MOST_WATERMARK)))]
+    pub watermark: Option<u32>,
     /// Seconds after which messages count as lost if their queue is empty and nobody claimed their jobs. Longer than
     /// a microbatch takes, or workers get messages twice, which is harmless.
     #[arg(long, env = "DARKROOM_REPUBLISH_AFTER", default_value_t = 120, value_name = "SECONDS",
@@ -119,6 +121,7 @@ impl ServeArgs {
     /// As the loops take it.
     pub fn settings(self) -> MaintenanceSettings {
         let Self { watermark, republish_after } = self;
+        let watermark = watermark.map_or(Watermark::ForWorkers, Watermark::Fixed);
         MaintenanceSettings { watermark, republish_after: Duration::from_secs(republish_after) }
     }
 }

@@ -20,7 +20,7 @@ use crate::object_inspector::Depth;
 use crate::object_store::S3ObjectStore;
 use crate::orphan_collector::{Collection, CollectorReport};
 use crate::queue::QueueError;
-use crate::relay::Relay;
+use crate::relay::{Relay, Watermark};
 use crate::{dead_letter_recorder, object_inspector, orphan_collector, republisher, rescuer, stager};
 
 /// Workers drain the queues meanwhile, so the watermark has to last longer than this.
@@ -46,7 +46,7 @@ const LISTEN_AGAIN: Duration = Duration::from_secs(2);
 #[derive(Clone, Copy, Debug)]
 pub struct MaintenanceSettings {
     /// Unclaimed messages per model and band.
-    pub watermark: u32,
+    pub watermark: Watermark,
     /// When unclaimed messages of an empty queue count as lost.
     pub republish_after: Duration,
 }

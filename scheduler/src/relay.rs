@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 pub use backlog::Backlog;
 use schema::failpoint;
-use schema::{JobId, Model, PriorityBand, PublishableJob, QueueDeclaration, job_queue};
+use schema::{JobId, Model, ModelId, PriorityBand, PublishableJob, QueueDeclaration, job_queue};
 use serde::Serialize;
 use tracing::{debug, info, warn};
 
@@ -52,10 +52,39 @@ pub struct RelayReport {
     pub not_published: u64,
 }
 
+/// How many unclaimed messages a queue is to hold.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Watermark {
+    /// So many, whatever the fleet.
+    Fixed(u32),
+    /// Enough for the workers that are there: [`WAITING_MICROBATCHES`] for each, and not fewer than [`LEAST_WATERMARK`]. With
+    /// fewer than they fetch, a large fleet's workers would start with microbatches that are not full.
+    ForWorkers,
+}
+
+/// Microbatches that wait for each worker: the two that it fetches, and what it draws until the relay looks again.
+const WAITING_MICROBATCHES: u64 = 10;
+/// Also for a small fleet, and while none is there.
+const LEAST_WATERMARK: u64 = 1_000;
+/// Well below where job queues refuse more.
+pub const MOST_WATERMARK: u32 = 900_000;
+
+impl Watermark {
+    async fn of(self, backlog: &impl Backlog, model_id: ModelId) -> Result<u64> {
+        match self {
+            Self::Fixed(watermark) => Ok(watermark.into()),
+            Self::ForWorkers => {
+                let capacity = backlog.microbatch_capacity(model_id).await?;
+                Ok((WAITING_MICROBATCHES * capacity).clamp(LEAST_WATERMARK, MOST_WATERMARK.into()))
+            }
+        }
+    }
+}
+
 /// The relay with what it remembers between runs.
 #[derive(Debug)]
 pub struct Relay {
-    watermark: u32,
+    watermark: Watermark,
     /// Queues that are known to exist. Forgotten when a message comes back.
     declared: HashSet<String>,
     /// The queues that do not take messages although the broker answers.
@@ -113,7 +142,7 @@ async fn mark(backlog: &impl Backlog, name: &str, confirmed: &[JobId]) -> Result
 
 impl Relay {
     /// A relay that keeps at most `watermark` unclaimed messages per model and band.
-    pub fn new(watermark: u32) -> Self {
+    pub fn new(watermark: Watermark) -> Self {
         let (declared, silences) = Default::default();
         Self { watermark, declared, silences, silence_limit: SILENCE_LIMIT, run_limit: RUN_LIMIT }
     }
@@ -168,9 +197,10 @@ impl Relay {
         }
         // Declared also while it is empty, so that workers and autoscalers find it.
         self.declare(queue, &lane.declaration).await?;
+        let watermark = self.watermark.of(backlog, lane.model.model_id).await?;
         let unclaimed = backlog.published_unclaimed_count(lane.model.model_id, lane.band).await?;
-        let room = u64::from(self.watermark).saturating_sub(unclaimed);
-        lane.empties_fast |= 2 * room >= u64::from(self.watermark);
+        let room = watermark.saturating_sub(unclaimed);
+        lane.empties_fast |= 2 * room >= watermark;
         let limit = u32::try_from(room).unwrap_or(u32::MAX).min(WINDOW);
         if limit == 0 {
             return Ok(false);

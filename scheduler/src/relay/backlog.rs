@@ -20,6 +20,11 @@ pub trait Backlog: Send + Sync {
         &self,
         job_ids: &[JobId],
     ) -> impl Future<Output = Result<u64, CatalogError>> + Send;
+    /// How many jobs the model's workers take in one microbatch each.
+    fn microbatch_capacity(
+        &self,
+        model_id: ModelId,
+    ) -> impl Future<Output = Result<u64, CatalogError>> + Send;
     /// How many jobs are published and unclaimed.
     fn published_unclaimed_count(
         &self,
@@ -51,6 +56,10 @@ impl Backlog for PgCatalog {
 
     async fn mark_published_if_available(&self, job_ids: &[JobId]) -> Result<u64, CatalogError> {
         self.mark_published_if_available(job_ids).await
+    }
+
+    async fn microbatch_capacity(&self, model_id: ModelId) -> Result<u64, CatalogError> {
+        self.microbatch_capacity(model_id).await
     }
 
     async fn published_unclaimed_count(

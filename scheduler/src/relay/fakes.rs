@@ -25,6 +25,7 @@ pub struct FakeBacklog {
     /// Each mark but the last waits until a chunk later than its own is on its way to this queue.
     next_chunk: Option<NextChunk>,
     is_claimed_at_once: bool,
+    microbatch_capacity: u64,
     republished_after: Mutex<Vec<Duration>>,
 }
 
@@ -77,8 +78,14 @@ impl FakeBacklog {
             failing_marks: Mutex::default(),
             next_chunk: None,
             is_claimed_at_once: false,
+            microbatch_capacity: 0,
             republished_after: Mutex::default(),
         }
+    }
+
+    /// Workers that take so many jobs in one microbatch each.
+    pub fn with_workers_for(self, microbatch_capacity: u64) -> Self {
+        Self { microbatch_capacity, ..self }
     }
 
     /// Workers that are faster than any relay.
@@ -149,6 +156,10 @@ impl Backlog for FakeBacklog {
         }
         self.published.lock().unwrap().extend(job_ids);
         Ok(job_ids.len() as u64)
+    }
+
+    async fn microbatch_capacity(&self, _model_id: ModelId) -> Result<u64, CatalogError> {
+        Ok(self.microbatch_capacity)
     }
 
     async fn published_unclaimed_count(

@@ -11,7 +11,7 @@ async fn run(relay: &mut Relay, backlog: &FakeBacklog, queue: &FakeQueue) -> Rel
 #[tokio::test]
 async fn the_queue_is_filled_to_the_watermark_and_no_further() {
     let (backlog, queue) = (FakeBacklog::with_jobs(25), FakeQueue::default());
-    let mut relay = Relay::new(10);
+    let mut relay = Relay::new(Watermark::Fixed(10));
     assert_eq!(run(&mut relay, &backlog, &queue).await, RelayReport { published: 10, not_published: 0 });
     assert_eq!(run(&mut relay, &backlog, &queue).await, RelayReport::default());
     let (name, messages) = queue.calls().remove(0);
@@ -23,7 +23,7 @@ async fn the_queue_is_filled_to_the_watermark_and_no_further() {
 #[tokio::test]
 async fn a_large_watermark_is_filled_in_several_calls() {
     let (backlog, queue) = (FakeBacklog::with_jobs(2_500), FakeQueue::default());
-    let report = run(&mut Relay::new(10_000), &backlog, &queue).await;
+    let report = run(&mut Relay::new(Watermark::Fixed(10_000)), &backlog, &queue).await;
     assert_eq!(report.published, 2_500);
     assert_eq!(
         queue.calls().iter().map(|(_, messages)| messages.len()).collect::<Vec<_>>(),
@@ -37,7 +37,7 @@ async fn only_what_the_broker_holds_is_marked() {
     queue.answer(0, PublishOutcome::Returned);
     queue.answer(2, PublishOutcome::Refused);
     queue.answer(3, PublishOutcome::Unknown);
-    let mut relay = Relay::new(10);
+    let mut relay = Relay::new(Watermark::Fixed(10));
     assert_eq!(run(&mut relay, &backlog, &queue).await, RelayReport { published: 2, not_published: 3 });
     assert_eq!(backlog.published(), 2);
 
@@ -48,7 +48,7 @@ async fn only_what_the_broker_holds_is_marked() {
 #[tokio::test]
 async fn a_returned_message_makes_the_queue_anew() {
     let (backlog, queue) = (FakeBacklog::with_jobs(1), FakeQueue::default());
-    let mut relay = Relay::new(10);
+    let mut relay = Relay::new(Watermark::Fixed(10));
     queue.answer(0, PublishOutcome::Returned);
     run(&mut relay, &backlog, &queue).await;
     let declared_once = queue.declared().len();
@@ -65,13 +65,13 @@ async fn a_broker_that_takes_nothing_is_not_asked_in_a_busy_loop() {
     for place in 0..3 {
         queue.answer(place, PublishOutcome::Refused);
     }
-    run(&mut Relay::new(10), &backlog, &queue).await;
+    run(&mut Relay::new(Watermark::Fixed(10)), &backlog, &queue).await;
     assert_eq!(queue.calls().len(), 1);
     assert_eq!(backlog.published(), 0);
 }
 
 fn impatient() -> Relay {
-    Relay { silence_limit: Duration::ZERO, ..Relay::new(10) }
+    Relay { silence_limit: Duration::ZERO, ..Relay::new(Watermark::Fixed(10)) }
 }
 
 /// Lets a relay find a queue that answers so, as often as it bears it, and sees the queue made anew.
@@ -118,8 +118,8 @@ async fn a_queue_that_refuses_everything_although_it_is_empty_is_made_anew_and_f
 async fn a_full_queue_and_one_that_was_silent_for_a_moment_are_left_alone() {
     for (mut relay, ready, answer) in [
         (impatient(), 1_000_000, PublishOutcome::Refused),
-        (Relay::new(10), 0, PublishOutcome::Refused),
-        (Relay::new(10), 0, PublishOutcome::Silent),
+        (Relay::new(Watermark::Fixed(10)), 0, PublishOutcome::Refused),
+        (Relay::new(Watermark::Fixed(10)), 0, PublishOutcome::Silent),
         (impatient(), 0, PublishOutcome::Unknown),
     ] {
         let (backlog, queue) = (FakeBacklog::with_jobs(1), FakeQueue::default());
@@ -130,4 +130,18 @@ async fn a_full_queue_and_one_that_was_silent_for_a_moment_are_left_alone() {
         }
         assert!(queue.deleted().is_empty(), "{answer:?}, {ready} ready");
     }
+}
+
+#[tokio::test]
+async fn without_a_watermark_the_workers_that_are_there_decide() {
+    let published = async |microbatch_capacity, watermark| {
+        let backlog = FakeBacklog::with_jobs(5_000).with_workers_for(microbatch_capacity);
+        let report = Relay::new(watermark).run_once(&backlog, &FakeQueue::default()).await.unwrap();
+        report.published
+    };
+    // None, few and many: ten microbatches each.
+    assert_eq!(published(0, Watermark::ForWorkers).await, 1_000);
+    assert_eq!(published(4 * 16, Watermark::ForWorkers).await, 1_000);
+    assert_eq!(published(20 * 16, Watermark::ForWorkers).await, 3_200);
+    assert_eq!(published(20 * 16, Watermark::Fixed(50)).await, 50, "what a person says holds");
 }

@@ -182,6 +182,18 @@ impl PgCatalog {
         Ok(sqlx::query(sql).bind(job_ids).execute(&self.pool).await?.rows_affected())
     }
 
+    /// How many jobs the model's workers take in one microbatch each: the sum of `max_microbatch` over those that run and were seen
+    /// in the last two minutes, which is eight times as long as they take to say so again. Zero for those of builds that did not say.
+    ///
+    /// # Errors
+    /// When Postgres fails.
+    pub async fn microbatch_capacity(&self, model_id: ModelId) -> Result<u64, CatalogError> {
+        let sql = "SELECT coalesce(sum(max_microbatch), 0) FROM workers
+                   WHERE model_id = $1 AND stopped_at IS NULL AND last_seen_at > now() - interval '2 minutes'";
+        let capacity: i64 = sqlx::query_scalar(sql).bind(model_id).fetch_one(&self.pool).await?;
+        Ok(capacity.unsigned_abs())
+    }
+
     /// How many jobs are published and not yet claimed: what the broker should hold.
     ///
     /// # Errors

@@ -172,3 +172,25 @@ async fn a_long_backlog_is_not_walked_through() {
         assert!(read < 500, "20 of 20,010 jobs cost {read} rows (analyzed: {analyze})");
     }
 }
+
+#[tokio::test]
+async fn workers_that_run_and_were_seen_lately_count_with_their_microbatches() {
+    let fixture = Fixture::new().await;
+    let capacity = async || fixture.catalog.microbatch_capacity(fixture.model.model_id).await.unwrap();
+    assert_eq!(capacity().await, 0);
+    let (stays, stops, vanishes) = (fixture.worker().await, fixture.worker().await, fixture.worker().await);
+    assert_eq!(capacity().await, 12);
+    fixture.catalog.worker_stopped(stops, "a test").await.unwrap();
+    assert_eq!(capacity().await, 8);
+    let set = async |worker_id, what: &str| {
+        let sql = format!("UPDATE workers SET {what} WHERE worker_id = '{worker_id}'");
+        sqlx::query(&sql).execute(&fixture.pool).await.unwrap();
+    };
+    set(vanishes, "last_seen_at = now() - interval '121 seconds'").await;
+    set(stays, "last_seen_at = now() - interval '60 seconds'").await;
+    assert_eq!(capacity().await, 4);
+    set(stays, "max_microbatch = NULL").await;
+    assert_eq!(capacity().await, 0, "of a build that did not say");
+    let others = fixture.catalog.microbatch_capacity(schema::ModelId::generate()).await.unwrap();
+    assert_eq!(others, 0);
+}

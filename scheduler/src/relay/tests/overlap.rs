@@ -26,7 +26,7 @@ fn assert_nothing_was_published_twice(queue: &FakeQueue) {
 async fn the_next_chunk_is_published_while_one_is_marked() {
     let queue = FakeQueue::default();
     let backlog = FakeBacklog::with_jobs(2_500).marked_beside(&queue, 3);
-    let report = try_run(&mut Relay::new(10_000), &backlog, &queue).await.unwrap();
+    let report = try_run(&mut Relay::new(Watermark::Fixed(10_000)), &backlog, &queue).await.unwrap();
     assert_eq!(report, RelayReport { published: 2_500, not_published: 0 });
     assert_eq!(sizes(&queue), [1_000, 1_000, 500]);
     assert_nothing_was_published_twice(&queue);
@@ -37,7 +37,7 @@ async fn the_next_chunk_is_published_while_one_is_marked() {
 async fn the_watermark_holds_over_several_windows() {
     let queue = FakeQueue::default();
     let backlog = FakeBacklog::with_jobs(15_000);
-    let report = try_run(&mut Relay::new(12_500), &backlog, &queue).await.unwrap();
+    let report = try_run(&mut Relay::new(Watermark::Fixed(12_500)), &backlog, &queue).await.unwrap();
     assert_eq!(report, RelayReport { published: 12_500, not_published: 0 });
     let mut chunks = vec![CHUNK as usize; 12];
     chunks.push(500);
@@ -52,7 +52,7 @@ async fn a_queue_that_lasts_until_the_next_run_is_looked_at_once() {
     for (watermark, held, looks) in [(10_000, 8_000, 1), (10_000, 5_000, 2), (20_000, 12_000, 2)] {
         let (backlog, queue) = (FakeBacklog::with_jobs(25_000), FakeQueue::default());
         backlog.mark_published(held);
-        try_run(&mut Relay::new(watermark), &backlog, &queue).await.unwrap();
+        try_run(&mut Relay::new(Watermark::Fixed(watermark)), &backlog, &queue).await.unwrap();
         let now = (backlog.published(), backlog.looks(PriorityBand::Normal));
         assert_eq!(now, (watermark as usize, looks), "{held} of {watermark}");
     }
@@ -63,7 +63,7 @@ async fn a_mark_that_fails_is_tried_once_more_and_told() {
     let queue = FakeQueue::default();
     let backlog = FakeBacklog::with_jobs(5_000).marked_beside(&queue, 2);
     backlog.fail_mark(0);
-    let mut relay = Relay::new(10_000);
+    let mut relay = Relay::new(Watermark::Fixed(10_000));
     let error = try_run(&mut relay, &backlog, &queue).await.unwrap_err();
     assert!(format!("{error:#}").contains("the test says so"), "{error:#}");
     assert_eq!(sizes(&queue), [1_000, 1_000], "the relay goes on although the catalog fails");
@@ -75,7 +75,7 @@ async fn what_could_not_be_marked_is_published_by_the_next_run() {
     let queue = FakeQueue::default();
     let backlog = FakeBacklog::with_jobs(3_000);
     (0..2).for_each(|place| backlog.fail_mark(place));
-    let mut relay = Relay::new(10_000);
+    let mut relay = Relay::new(Watermark::Fixed(10_000));
     try_run(&mut relay, &backlog, &queue).await.unwrap_err();
     assert_eq!(backlog.published(), 0);
     try_run(&mut relay, &backlog, &queue).await.unwrap();
@@ -87,7 +87,7 @@ async fn a_broker_that_goes_away_leaves_the_chunk_before_marked() {
     let queue = FakeQueue::default();
     let backlog = FakeBacklog::with_jobs(2_500).marked_beside(&queue, 3);
     queue.fail_call(1);
-    let mut relay = Relay::new(10_000);
+    let mut relay = Relay::new(Watermark::Fixed(10_000));
     let error = try_run(&mut relay, &backlog, &queue).await.unwrap_err();
     let known = error.chain().filter_map(|cause| cause.downcast_ref::<QueueError>());
     assert!(known.last().is_some_and(QueueError::is_known_outage), "{error:#}");
@@ -102,7 +102,7 @@ async fn a_chunk_that_is_refused_in_part_is_the_last_and_its_rest_is_marked() {
     let queue = FakeQueue::default();
     let backlog = FakeBacklog::with_jobs(5_000).marked_beside(&queue, 1);
     queue.answer(7, PublishOutcome::Refused);
-    let report = try_run(&mut Relay::new(10_000), &backlog, &queue).await.unwrap();
+    let report = try_run(&mut Relay::new(Watermark::Fixed(10_000)), &backlog, &queue).await.unwrap();
     assert_eq!(report, RelayReport { published: 999, not_published: 1 });
     assert_eq!((sizes(&queue), backlog.published()), (vec![1_000], 999));
 }
@@ -113,7 +113,9 @@ async fn a_queue_that_is_emptied_as_fast_as_it_is_filled_keeps_no_other_waiting(
     let count = 2 * WINDOW + 1;
     let backlog = || FakeBacklog::with_jobs_in(&[PriorityBand::Normal, PriorityBand::Low], count);
     let queue = FakeQueue::default();
-    let report = try_run(&mut Relay::new(4 * WINDOW), &backlog().claimed_at_once(), &queue).await.unwrap();
+    let report = try_run(&mut Relay::new(Watermark::Fixed(4 * WINDOW)), &backlog().claimed_at_once(), &queue)
+        .await
+        .unwrap();
     assert_eq!(report.published, 2 * u64::from(count));
     assert_nothing_was_published_twice(&queue);
     let names: Vec<String> = queue.calls().into_iter().map(|(name, _)| name).collect();
@@ -124,7 +126,7 @@ async fn a_queue_that_is_emptied_as_fast_as_it_is_filled_keeps_no_other_waiting(
 
     // A run that lasts too long ends after a round, and the next goes on.
     let (backlog, queue) = (backlog().claimed_at_once(), FakeQueue::default());
-    let mut relay = Relay { run_limit: Duration::ZERO, ..Relay::new(4 * WINDOW) };
+    let mut relay = Relay { run_limit: Duration::ZERO, ..Relay::new(Watermark::Fixed(4 * WINDOW)) };
     for rounds in 1..=2 {
         try_run(&mut relay, &backlog, &queue).await.unwrap();
         assert_eq!(queue.calls().len(), rounds * 2 * whole);
