@@ -100,10 +100,12 @@ impl PgCatalog {
         lease: Duration,
     ) -> Result<Vec<ClaimedJob>, CatalogError> {
         // The array is hidden in a subquery, so that a plan for it is as good as a plan for any: Postgres would plan the statement
-        // anew for each small microbatch, which takes half as long again as running it.
+        // anew for each small microbatch, which takes half as long again as running it. As in `HELD`, the state is hidden from
+        // indexes, all of whose available jobs would else be walked through where that looked short.
         let sql = "
             WITH claimable AS (
-                SELECT job_id FROM jobs WHERE job_id = ANY (ARRAY(SELECT unnest($1))) AND state = 'available'
+                SELECT job_id FROM jobs
+                WHERE job_id = ANY (ARRAY(SELECT unnest($1))) AND (state = 'available') IS TRUE
                 ORDER BY job_id FOR NO KEY UPDATE
             ), claimed AS (
                 UPDATE jobs SET
@@ -114,7 +116,8 @@ impl PgCatalog {
                     lease_expires_at = clock_timestamp() + make_interval(secs => $4),
                     started_at = coalesce(started_at, now())
                 FROM claimable
-                WHERE jobs.job_id = claimable.job_id AND jobs.state = 'available'
+                WHERE jobs.job_id = claimable.job_id AND jobs.job_id = ANY (ARRAY(SELECT job_id FROM claimable))
+                  AND (jobs.state = 'available') IS TRUE
                 RETURNING jobs.*
             ), opened AS (
                 INSERT INTO attempts (job_id, lease_generation, attempt, worker_id, microbatch_id, microbatch_size)

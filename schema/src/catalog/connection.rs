@@ -5,7 +5,7 @@ use std::time::Duration;
 use secrecy::{ExposeSecret, SecretString};
 use sqlx::migrate::{Migrate, Migrator};
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
-use sqlx::{ConnectOptions, Connection, PgPool};
+use sqlx::{ConnectOptions, Connection, Executor, PgPool};
 
 use super::error::CatalogError;
 
@@ -22,6 +22,12 @@ const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(10);
 /// A connection that was unused for longer is tried out before it is used. Sooner it is not: a question and an answer before
 /// each statement is a tenth of what Postgres has to do for a picture, and whoever calls repeats what failed in transit.
 const TRY_OUT_AFTER: Duration = Duration::from_secs(5);
+
+/// Every statement here is written for an index, and none wants the whole of a table that grows. Postgres would still read all of one that
+/// has a page or two when it plans, and it keeps that plan, for a worker's most frequent statements, until it has looked at the
+/// table again: for the first minute of a new database each microbatch would read every job. Where no index serves,
+/// tables are read as before.
+const FIND_BY_INDEX: &str = "SET enable_seqscan = off";
 
 /// Darkroom's Postgres: a pool of connections. Cloning shares it.
 #[derive(Clone, Debug)]
@@ -66,6 +72,9 @@ impl PgCatalog {
             .max_connections(max_connections)
             .acquire_timeout(ACQUIRE_TIMEOUT)
             .test_before_acquire(false)
+            .after_connect(|connection, _| {
+                Box::pin(async move { connection.execute(FIND_BY_INDEX).await.map(|_| ()) })
+            })
             .before_acquire(|connection, used| {
                 // A connection that does not answer is replaced.
                 Box::pin(async move { Ok(used.idle_for <= TRY_OUT_AFTER || connection.ping().await.is_ok()) })

@@ -201,13 +201,13 @@ pub const GUARDS: &[Guard] = &[
         cuts: &[
             Cut {
                 file: "schema/src/catalog/claims.rs",
-                text: "WHERE job_id = ANY (ARRAY(SELECT unnest($1))) AND state = 'available'",
+                text: "WHERE job_id = ANY (ARRAY(SELECT unnest($1))) AND (state = 'available') IS TRUE",
                 replacement: "WHERE job_id = ANY (ARRAY(SELECT unnest($1)))",
             },
             Cut {
                 file: "schema/src/catalog/claims.rs",
-                text: "WHERE jobs.job_id = claimable.job_id AND jobs.state = 'available'",
-                replacement: "WHERE jobs.job_id = claimable.job_id",
+                text: "AND (jobs.state = 'available') IS TRUE",
+                replacement: "",
             },
         ],
         target: Target::Schema,
