@@ -26,8 +26,8 @@ const TRY_OUT_AFTER: Duration = Duration::from_secs(5);
 /// Every statement here is written for an index, and none wants the whole of a table that grows. Postgres would still read all of one that
 /// has a page or two when it plans, and it keeps that plan, for a worker's most frequent statements, until it has looked at the
 /// table again: for the first minute of a new database each microbatch would read every job. Where no index serves,
-/// tables are read as before.
-const FIND_BY_INDEX: &str = "SET enable_seqscan = off";
+/// tables are read as before; but such a plan then looks so expensive that Postgres would compile it each time, for seconds.
+const FIND_BY_INDEX: &str = "SET enable_seqscan = off; SET jit = off";
 
 /// Darkroom's Postgres: a pool of connections. Cloning shares it.
 #[derive(Clone, Debug)]
