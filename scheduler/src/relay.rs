@@ -57,8 +57,8 @@ pub struct RelayReport {
 pub enum Watermark {
     /// So many, whatever the fleet.
     Fixed(u32),
-    /// Enough for the workers that are there: [`WAITING_MICROBATCHES`] for each, and not fewer than [`LEAST_WATERMARK`]. With
-    /// fewer than they fetch, a large fleet's workers would start with microbatches that are not full.
+    /// Enough for the workers that are there: ten microbatches for each, and not fewer than 1,000. With fewer than they fetch, a
+    /// large fleet's workers would start with microbatches that are not full.
     ForWorkers,
 }
 
