@@ -10,7 +10,7 @@ mod measure;
 mod memory;
 mod report;
 
-use std::io::{BufRead as _, Write as _};
+use std::io::BufRead as _;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -31,6 +31,7 @@ use crate::diffusion::{
 };
 use crate::generate::RecipeArgs;
 use crate::kernel_args::KernelArgs;
+use crate::output::print_line;
 
 /// Measures the model's speed, stage by stage, with weights drawn from a seed.
 #[derive(Debug, clap::Args)]
@@ -208,7 +209,7 @@ pub fn run(args: &BenchArgs) -> anyhow::Result<()> {
             );
         }
     }
-    print(&if args.json { serde_json::to_string(&report)? } else { report.to_table() })
+    print_line(&if args.json { serde_json::to_string(&report)? } else { report.to_table() })
 }
 
 /// The model, from files if there are any.
@@ -278,27 +279,21 @@ fn note_first(args: &BenchArgs, call: &Call, report: &mut Report) -> anyhow::Res
 /// Says whether a picture depends on its company, and fails if it does.
 fn check_company(bench: &mut Bench<'_>) -> anyhow::Result<()> {
     let report = company::check(bench)?;
-    print(&serde_json::to_string(&report)?)?;
+    print_line(&serde_json::to_string(&report)?)?;
     ensure!(report.is_equal(), "a picture depends on its company");
     Ok(())
 }
 
 /// One call for each line, until there are no more; what the first one gave is written to `outputs`.
 fn answer_lines(bench: &Bench<'_>, mut outputs: Option<&Path>) -> anyhow::Result<()> {
-    print("ready")?;
+    print_line("ready")?;
     for line in std::io::stdin().lock().lines() {
         line.context("cannot read from standard input")?;
         let call = bench.call()?;
         if let Some(path) = outputs.take() {
             call.write_outputs(path)?;
         }
-        print(&serde_json::to_string(&call)?)?;
+        print_line(&serde_json::to_string(&call)?)?;
     }
     Ok(())
-}
-
-/// A line for the person or the program that reads.
-fn print(line: &str) -> anyhow::Result<()> {
-    let mut stdout = std::io::stdout();
-    writeln!(stdout, "{line}").and_then(|()| stdout.flush()).context("cannot write to standard output")
 }

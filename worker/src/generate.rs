@@ -8,7 +8,7 @@ use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use anyhow::{Context as _, anyhow};
+use anyhow::anyhow;
 use indicatif::{ProgressBar, ProgressStyle};
 use schema::NoiseScheduler;
 use serde::Serialize;
@@ -25,6 +25,7 @@ use crate::diffusion::{
 };
 use crate::infotext::Parameters;
 use crate::kernel_args::KernelArgs;
+use crate::output::{parent, print_line, write_atomically};
 
 /// Seeds from here on repeat: PyTorch's CPU generator takes the low 32 bits.
 const SEED_PERIOD: u64 = 1 << 32;
@@ -374,26 +375,6 @@ fn encode(image: &GeneratedImage, infotext: &str) -> anyhow::Result<Vec<u8>> {
     Ok(crate::png::encode(&image, &[(crate::png::PARAMETERS, infotext)])?)
 }
 
-/// The folder that `path` is in.
-fn parent(path: &Path) -> &Path {
-    match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    }
-}
-
-/// Writes a file so that its path never holds half of it: under another name first, then renamed.
-pub(crate) fn write_atomically(path: &Path, bytes: &[u8]) -> anyhow::Result<()> {
-    let failed = || format!("cannot write {}", path.display());
-    let mut builder = tempfile::Builder::new();
-    // As for any new file; the process's umask takes its part away.
-    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-    let mut file = builder.tempfile_in(parent(path)).with_context(failed)?;
-    file.write_all(bytes).with_context(failed)?;
-    file.persist(path).map_err(|error| error.error).with_context(failed)?;
-    Ok(())
-}
-
 /// Says something to the person, beside the result.
 fn warn(message: &str) {
     // Nobody is left to tell if standard error is closed.
@@ -409,5 +390,5 @@ fn print(report: &Report<'_>, json: bool) -> anyhow::Result<()> {
         let seconds = report.seconds.total;
         format!("{}: {width}x{height}, seed {seed}, {seconds:.1} s", report.output.display())
     };
-    writeln!(std::io::stdout(), "{line}").context("cannot write to standard output")
+    print_line(&line)
 }

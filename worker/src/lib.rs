@@ -29,6 +29,7 @@ pub mod metrics;
 pub mod microbatch;
 pub mod model_files;
 pub mod object_store;
+pub mod output;
 pub mod pipeline;
 pub mod png;
 pub mod queue;

@@ -4,7 +4,6 @@
 //! Nothing of it depends on what the weights say, so without a checkpoint it makes a model of Stable Diffusion v1's sizes.
 
 use std::fmt::Write as _;
-use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -21,7 +20,7 @@ use crate::diffusion::{
     ComputeDevice, ComputeDtype, GenerationParameters, KernelChoice, LoadOptions, Recipe, SchedulerKind,
     StableDiffusionPipeline, StepControl,
 };
-use crate::generate::write_atomically;
+use crate::output::{print_line, write_atomically};
 
 /// Steps of the calls that tell the convolutions: one with guidance, and one without.
 const STEPS: usize = 2;
@@ -84,7 +83,7 @@ pub fn run(args: &TuneArgs) -> anyhow::Result<()> {
     let tuned = tuned.context("the engines could not be tried out")?;
     let engines = pinned(gpu, cudnn, &tuned);
     write(&args.output, &engines)?;
-    print(&table(&tuned, &engines, &args.output))
+    print_line(&table(&tuned, &engines, &args.output))
 }
 
 /// The GPU's number, if engines can be chosen for these.
@@ -174,12 +173,6 @@ fn table(tuned: &[Tuned], engines: &ConvolutionEngines, file: &Path) -> String {
         engines.name()
     );
     text
-}
-
-/// For the person.
-fn print(text: &str) -> anyhow::Result<()> {
-    let mut stdout = std::io::stdout();
-    writeln!(stdout, "{text}").and_then(|()| stdout.flush()).context("cannot write to standard output")
 }
 
 #[cfg(test)]
