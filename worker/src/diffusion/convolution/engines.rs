@@ -102,30 +102,18 @@ impl ConvolutionEngines {
                 let field = format!("pinned[{index}].{field}");
                 faults.push(EnginesFault::Value { field, rule: rule.to_owned(), value });
             };
-            let Convolution {
-                dtype,
-                batch_size,
-                in_channels,
-                height,
-                width,
-                out_channels,
-                kernel_size,
-                stride,
-                padding,
-                ..
-            } = *convolution;
-            if dtype == ComputeDtype::F32 {
-                refuse("convolution.dtype", "f16 or bf16", dtype.to_string());
+            if convolution.dtype == ComputeDtype::F32 {
+                refuse("convolution.dtype", "f16 or bf16", convolution.dtype.to_string());
             }
             for (field, value, least) in [
-                ("batch_size", batch_size, 1),
-                ("in_channels", in_channels, 1),
-                ("height", height, 1),
-                ("width", width, 1),
-                ("out_channels", out_channels, 1),
-                ("kernel_size", kernel_size, 1),
-                ("stride", stride, 1),
-                ("padding", padding, 0),
+                ("batch_size", convolution.batch_size, 1),
+                ("in_channels", convolution.in_channels, 1),
+                ("height", convolution.height, 1),
+                ("width", convolution.width, 1),
+                ("out_channels", convolution.out_channels, 1),
+                ("kernel_size", convolution.kernel_size, 1),
+                ("stride", convolution.stride, 1),
+                ("padding", convolution.padding, 0),
             ] {
                 if !(least..=MOST).contains(&value) {
                     let rule = format!("from {least} to {MOST}");
@@ -174,8 +162,9 @@ impl fmt::Display for EnginesFileError {
         for fault in self.faults.iter().take(MAX_PRINTED_FAULTS) {
             write!(f, "\n  {fault}")?;
         }
-        if let Some(more) = self.faults.len().checked_sub(MAX_PRINTED_FAULTS + 1) {
-            write!(f, "\n  and {} more", more + 1)?;
+        let count = self.faults.len();
+        if count > MAX_PRINTED_FAULTS {
+            write!(f, "\n  and {} more", count - MAX_PRINTED_FAULTS)?;
         }
         write!(f, "\n  hint: `darkroom-worker tune` on this kind of GPU writes such a file")
     }
