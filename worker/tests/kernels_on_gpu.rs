@@ -78,17 +78,8 @@ fn pinned_engines_on_a_gpu_equal_libtorch() {
         let residual = (engine.convolution.adds == Adds::BiasAndResidual).then_some(&residual);
         let operands = Operands { input: &input, weight: &weight, bias, residual, stride: 1, padding: 1 };
         let output = pinned.convolve(&engine.convolution, &operands).expect("it runs").expect("it is pinned");
-        let float = |tensor: &Tensor| tensor.to_kind(Kind::Float);
-        let (wide_bias, wide_residual) = (bias.map(float), residual.map(float));
-        let wide = Operands {
-            input: &float(&input),
-            weight: &float(&weight),
-            bias: wide_bias.as_ref(),
-            residual: wide_residual.as_ref(),
-            ..operands
-        };
-        let expected = wide.convolve().expect("libtorch computes it");
-        let off = (float(&output) - &expected).abs().max().double_value(&[]);
+        let expected = operands.convolve_in_f32().expect("libtorch computes it");
+        let off = (output.to_kind(Kind::Float) - &expected).abs().max().double_value(&[]);
         let difference = off / expected.abs().max().double_value(&[]);
         assert!(difference <= TOLERANCE, "{}: {difference:e}", engine.convolution);
     }

@@ -163,6 +163,15 @@ impl Operands<'_> {
             None => Ok(map),
         }
     }
+
+    /// By libtorch, of the same numbers in f32: what engines are measured against.
+    pub fn convolve_in_f32(&self) -> Result<Tensor, TchError> {
+        let float = |tensor: &Tensor| tensor.f_to_kind(Kind::Float);
+        let (input, weight) = (float(self.input)?, float(self.weight)?);
+        let (bias, residual) = (self.bias.map(float).transpose()?, self.residual.map(float).transpose()?);
+        let (bias, residual) = (bias.as_ref(), residual.as_ref());
+        Operands { input: &input, weight: &weight, bias, residual, ..*self }.convolve()
+    }
 }
 
 /// Computes convolutions that it has an engine for.

@@ -165,14 +165,16 @@ impl<E: Engines> Tuner<'_, E> {
     ) -> Result<Vec<Tuned>, TchError> {
         let _no_grad = tch::no_grad_guard();
         let mut all: Vec<Tuned> = Vec::new();
-        let mut without_addends: BTreeMap<Convolution, Option<Arc<dyn Convolve>>> = BTreeMap::new();
+        // What computes a convolution whose addends come after it.
+        let mut apart: BTreeMap<Convolution, Kernels> = BTreeMap::new();
         // In their order the one that adds nothing comes first.
         for convolution in convolutions {
+            let adds_nothing = convolution.adds == Adds::Nothing;
             let twin = Convolution { adds: Adds::Nothing, ..*convolution };
-            let apart = (convolution.adds != Adds::Nothing).then(|| without_addends.get(&twin)).flatten();
-            let (tuned, convolver) = self.tune_one(convolution, apart)?;
-            if convolution.adds == Adds::Nothing {
-                without_addends.insert(*convolution, tuned.pinned.is_some().then_some(convolver).flatten());
+            let kernels_apart = apart.get(&twin).filter(|_| !adds_nothing);
+            let (tuned, pinned) = self.tune_one(convolution, kernels_apart)?;
+            if adds_nothing {
+                apart.insert(*convolution, pinned.map_or_else(|| self.kernels.clone(), |it| self.with(it)));
             }
             found(&tuned);
             all.push(tuned);
@@ -180,11 +182,17 @@ impl<E: Engines> Tuner<'_, E> {
         Ok(all)
     }
 
-    /// `apart` is what computes the same without the addends, where a norm reads the output.
+    /// Our own kernels, with convolutions by this engine.
+    fn with(&self, convolver: Arc<dyn Convolve>) -> Kernels {
+        self.kernels.clone().with_convolver(convolver)
+    }
+
+    /// The engine is given along if it is to be pinned. `apart` is what computes the same with the addends after it, where a norm
+    /// reads the output.
     fn tune_one(
         &self,
         convolution: &Convolution,
-        apart: Option<&Option<Arc<dyn Convolve>>>,
+        apart: Option<&Kernels>,
     ) -> Result<(Tuned, Option<Arc<dyn Convolve>>), TchError> {
         let sample = Sample::new(convolution, self.device)?;
         let mut tuned = Tuned { convolution: *convolution, pinned: None, tried: 0, refused: 0 };
@@ -218,29 +226,22 @@ impl<E: Engines> Tuner<'_, E> {
         let Some((seconds, choice, convolver)) = best else { return Ok((tuned, None)) };
         let (ours, theirs) = match apart {
             None => (seconds, self.seconds(ROUNDS, || sample.operands().convolve())?),
-            Some(apart) => (
-                self.seconds_to_norm(&sample, Some(&convolver))?,
-                self.seconds_to_norm(&sample, apart.as_ref())?,
-            ),
+            Some(apart) => {
+                let inside = self.with(convolver.clone());
+                (self.seconds_to_norm(&sample, &inside)?, self.seconds_to_norm(&sample, apart)?)
+            }
         };
         if ours < theirs {
             let [microseconds, libtorch_microseconds] = [ours, theirs].map(|seconds| seconds * 1e6);
             let convolution = *convolution;
             tuned.pinned = Some(PinnedEngine { convolution, choice, microseconds, libtorch_microseconds });
+            return Ok((tuned, Some(convolver)));
         }
-        Ok((tuned, Some(convolver)))
+        Ok((tuned, None))
     }
 
-    /// From a convolution's input to its norm's output, with convolutions by `convolver`.
-    fn seconds_to_norm(
-        &self,
-        sample: &Sample,
-        convolver: Option<&Arc<dyn Convolve>>,
-    ) -> Result<f64, TchError> {
-        let kernels = match convolver {
-            Some(convolver) => self.kernels.clone().with_convolver(convolver.clone()),
-            None => self.kernels.clone(),
-        };
+    /// From a convolution's input to its norm's output, by `kernels`.
+    fn seconds_to_norm(&self, sample: &Sample, kernels: &Kernels) -> Result<f64, TchError> {
         let channels = sample.weight.size()[0];
         let options = (sample.input.kind(), self.device);
         let (weight, bias) = (Tensor::f_ones([channels], options)?, Tensor::f_zeros([channels], options)?);
@@ -295,17 +296,17 @@ impl Sample {
             .then(|| drawn(&[1, out_channels, out_height, out_width]))
             .transpose()?;
         let everywhere = |sample: &Tensor| by_pixels(&sample.f_expand([batch_size, -1, -1, -1], false)?);
-        let float = |tensor: &Tensor| tensor.f_to_kind(Kind::Float);
         let (stride, padding) = (convolution.stride, convolution.padding);
+        let (of_bias, of_residual) = (bias.as_ref(), residual.as_ref());
         let expected = Operands {
-            input: &float(&input)?,
-            weight: &float(&weight)?,
-            bias: bias.as_ref().map(float).transpose()?.as_ref(),
-            residual: residual.as_ref().map(float).transpose()?.as_ref(),
+            input: &input,
+            weight: &weight,
+            bias: of_bias,
+            residual: of_residual,
             stride,
             padding,
         }
-        .convolve()?;
+        .convolve_in_f32()?;
         let residual = residual.as_ref().map(everywhere).transpose()?;
         Ok(Self { input: everywhere(&input)?, weight, bias, residual, stride, padding, expected })
     }

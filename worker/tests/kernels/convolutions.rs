@@ -36,18 +36,8 @@ fn in_one(convolution: &Convolution, operands: &Operands<'_>) -> Tensor {
         (None, Some(_)) => panic!("a residual alone"),
     };
     assert_eq!(convolution.adds, adds);
-    let float = |tensor: &Tensor| tensor.to_kind(Kind::Float);
     let (stride, padding) = (convolution.stride, convolution.padding);
-    let (bias, residual) = (operands.bias.map(float), operands.residual.map(float));
-    let wide = Operands {
-        input: &float(operands.input),
-        weight: &float(operands.weight),
-        bias: bias.as_ref(),
-        residual: residual.as_ref(),
-        stride,
-        padding,
-    };
-    let output = wide.convolve().unwrap();
+    let output = Operands { stride, padding, ..*operands }.convolve_in_f32().unwrap();
     assert_eq!(output.size(), convolution.output_size());
     by_pixels(&output.to_kind(operands.input.kind()))
 }
