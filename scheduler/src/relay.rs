@@ -112,6 +112,8 @@ struct Lane<'a> {
     model: &'a Model,
     band: PriorityBand,
     declaration: QueueDeclaration,
+    /// Unclaimed messages that it is to hold.
+    watermark: u64,
     /// Half of the watermark was claimed since the last run or within this one. What the queue holds may not last until the next
     /// run, so this one looks again, however little there is room for; otherwise that is not worth the question.
     empties_fast: bool,
@@ -119,10 +121,10 @@ struct Lane<'a> {
 
 impl<'a> Lane<'a> {
     /// All of a model's.
-    fn of(model: &'a Model) -> impl Iterator<Item = Self> {
+    fn of(model: &'a Model, watermark: u64) -> impl Iterator<Item = Self> {
         let lane = move |&band| {
             let declaration = job_queue(&model.name, band);
-            Self { model, band, declaration, empties_fast: false }
+            Self { model, band, declaration, watermark, empties_fast: false }
         };
         PriorityBand::ALL.iter().map(lane)
     }
@@ -157,7 +159,10 @@ impl Relay {
         let mut failed = None;
         let started = Instant::now();
         let models = backlog.models().await?;
-        let mut hungry: Vec<Lane<'_>> = models.iter().flat_map(Lane::of).collect();
+        let mut hungry: Vec<Lane<'_>> = Vec::new();
+        for model in &models {
+            hungry.extend(Lane::of(model, self.watermark.of(backlog, model.model_id).await?));
+        }
         while !hungry.is_empty() {
             let mut hungry_still = Vec::new();
             for mut lane in hungry {
@@ -197,10 +202,9 @@ impl Relay {
         }
         // Declared also while it is empty, so that workers and autoscalers find it.
         self.declare(queue, &lane.declaration).await?;
-        let watermark = self.watermark.of(backlog, lane.model.model_id).await?;
         let unclaimed = backlog.published_unclaimed_count(lane.model.model_id, lane.band).await?;
-        let room = watermark.saturating_sub(unclaimed);
-        lane.empties_fast |= 2 * room >= watermark;
+        let room = lane.watermark.saturating_sub(unclaimed);
+        lane.empties_fast |= 2 * room >= lane.watermark;
         let limit = u32::try_from(room).unwrap_or(u32::MAX).min(WINDOW);
         if limit == 0 {
             return Ok(false);
