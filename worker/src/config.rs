@@ -1,5 +1,5 @@
-//! The settings of `darkroom-worker`: a flag, or its environment variable. The only file that reads the environment, apart
-//! from the AWS library, which reads the standard AWS variables itself.
+//! The settings of `darkroom-worker`: a flag, or its environment variable. Beside `kernel_args`, which other commands share, the only
+//! file that reads the environment, apart from the AWS library, which reads the standard AWS variables itself.
 
 use std::path::PathBuf;
 use std::time::Duration;
